@@ -1,0 +1,304 @@
+"""The configuration of an experiment: typed dataclasses, their JSON, and what makes one invalid.
+
+``configs/<name>.py`` returns a ``Config`` from ``get_config()``; ``--config.<field>=…`` overrides any field.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any
+
+from ddpm_jax import diffusion
+
+
+class ConfigError(ValueError):
+    """A field has a value that cannot work; the message is one line with the field, the value and the remedy."""
+
+
+@dataclasses.dataclass
+class DataConfig:
+    """Where the images come from."""
+
+    source: str = "sklearn:digits"  # tfds:<name>, folder:<path>, npz:<path> or sklearn:digits
+    split: str = "train"  # of a TFDS data set, such as train+validation+test
+    data_dir: str | None = None  # of TFDS; None is TFDS_DATA_DIR or ~/tensorflow_datasets
+    image_size: int = 32  # height and width after a centre crop
+    channels: int = 3  # 1 or 3
+    random_flip: bool = False  # left to right, half of the images
+    placement: str = "host"  # host: tf.data or numpy serve batches; device: the whole set lies in accelerator memory
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    """The network; see ``models.UNet``."""
+
+    kind: str = "unet"
+    base_channels: int = 128
+    channel_mults: tuple[int, ...] = (1, 2, 2, 2)
+    num_res_blocks: int = 2
+    attention_resolutions: tuple[int, ...] = (16,)
+    attention: str = "xla"  # or cudnn
+    dropout: float = 0.0
+    num_classes: int = 0  # 0: no labels
+    label_dropout: float = 0.0  # share of examples trained without their label, for guidance
+
+
+@dataclasses.dataclass
+class DiffusionConfig:
+    """The forward process and the loss."""
+
+    schedule: str = "linear"
+    num_timesteps: int = 1000
+    scale_betas: bool = True
+    prediction: str = "eps"  # eps, x0 or v
+    loss: str = "l2"  # l1, l2 or huber
+    loss_weight: str = "uniform"  # or min_snr
+
+
+@dataclasses.dataclass
+class OptimizerConfig:
+    """Adam (AdamW where weight_decay > 0) and the average of the parameters."""
+
+    learning_rate: float = 2e-4
+    lr_decay: str = "constant"  # or cosine, to 0 at train.num_steps
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 1.0  # of the global gradient; 0 is off
+    ema_decay: float = 0.9999
+    ema_start: int = 0  # until this step the average is a copy of the parameters
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    """The length of a run, its rhythm, and how a step is computed."""
+
+    batch_size: int = 128  # of one optimizer step, over all devices
+    num_steps: int = 100_000
+    log_every: int = 100
+    checkpoint_every: int = 5_000
+    sample_every: int = 5_000
+    num_samples: int = 64  # images in a sample grid
+    keep_last: int = 3  # checkpoints
+    keep_every: int = 0  # also keep those of every n-th step; 0 is none
+    accumulate: int = 1  # micro-batches a step
+    remat: str = "none"  # none, blocks or dots: what the backward pass computes again to save memory
+
+
+@dataclasses.dataclass
+class SamplingConfig:
+    """Arguments of ``diffusion.sample``; the programs' flags override them."""
+
+    method: str = "ddim"  # or ddpm
+    num_steps: int = 50
+    eta: float = 0.0
+    spacing: str = "leading"
+    variance: str = "fixed_small"  # or fixed_large
+    clip_x0: bool = True
+    rederive_eps: bool = True
+    guidance: float = 1.0  # out = out_null + guidance (out_label - out_null)
+
+
+@dataclasses.dataclass
+class MeshConfig:
+    """Devices: data * fsdp of them; -1 is all the rest."""
+
+    data: int = -1
+    fsdp: int = 1
+
+
+@dataclasses.dataclass
+class Config:
+    """One experiment."""
+
+    seed: int = 0
+    dtype: str = "float32"  # of convolutions and matrix products; bfloat16 on accelerators
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    diffusion: DiffusionConfig = dataclasses.field(default_factory=DiffusionConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+
+_CHOICES = {
+    "dtype": ("float32", "bfloat16"),
+    "data.channels": (1, 3),
+    "data.placement": ("host", "device"),
+    "model.kind": ("unet",),
+    "model.attention": ("xla", "cudnn"),
+    "diffusion.schedule": diffusion.SCHEDULES,
+    "diffusion.prediction": diffusion.PREDICTIONS,
+    "diffusion.loss": diffusion.LOSSES,
+    "diffusion.loss_weight": diffusion.WEIGHTS,
+    "optimizer.lr_decay": ("constant", "cosine"),
+    "train.remat": ("none", "blocks", "dots"),
+    "sampling.method": diffusion.METHODS,
+    "sampling.spacing": diffusion.SPACINGS,
+    "sampling.variance": diffusion.VARIANCES,
+}
+_POSITIVE = (
+    "data.image_size model.base_channels model.num_res_blocks diffusion.num_timesteps optimizer.learning_rate "
+    "train.batch_size train.num_steps train.log_every train.checkpoint_every train.sample_every train.num_samples "
+    "train.keep_last train.accumulate sampling.num_steps mesh.fsdp"
+).split()
+_NOT_NEGATIVE = (
+    "seed model.num_classes optimizer.warmup_steps optimizer.weight_decay optimizer.grad_clip_norm optimizer.ema_start "
+    "train.keep_every sampling.guidance"
+).split()
+_SHARES = "model.dropout model.label_dropout optimizer.ema_decay".split()  # in [0, 1)
+
+
+def get(config: Config, field: str) -> Any:
+    """The value of a field by its dotted name, as in ``--config.<field>``."""
+    value: Any = config
+    for name in field.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def field_names(cls: type = Config, prefix: str = "") -> list[str]:
+    """Dotted names of all fields."""
+    names = []
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.type):
+            names += field_names(typing.cast(type, field.type), f"{prefix}{field.name}.")
+        else:
+            names.append(prefix + field.name)
+    return names
+
+
+def nearest_field(name: str) -> str:
+    """The field most like a misspelt one."""
+    names = field_names()
+    matches = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+    same_leaf = [n for n in names if n.rsplit(".", maxsplit=1)[-1] == name.rsplit(".", maxsplit=1)[-1]]
+    return same_leaf[0] if len(same_leaf) == 1 else matches[0]
+
+
+def validate(config: Config) -> None:
+    """Raises ``ConfigError`` for the first field whose value cannot work, before anything is read or compiled."""
+    for field in field_names():
+        _check_type(field, get(config, field))
+    for field, choices in _CHOICES.items():
+        if get(config, field) not in choices:
+            listed = ", ".join(map(str, choices))
+            raise ConfigError(f"config.{field}={get(config, field)!r}: choose one of {listed}")
+    for fields, fits, rule in (
+        (_POSITIVE, lambda x: x > 0, "must be positive"),
+        (_NOT_NEGATIVE, lambda x: x >= 0, "must not be negative"),
+        (_SHARES, lambda x: 0 <= x < 1, "must lie in [0, 1)"),
+    ):
+        for field in fields:
+            if not fits(get(config, field)):
+                raise ConfigError(f"config.{field}={get(config, field)!r}: {rule}")
+    _check_network(config)
+    _check_chains(config)
+
+
+def _check_network(config: Config) -> None:
+    model, size = config.model, config.data.image_size
+    if not model.channel_mults or min(model.channel_mults) < 1:
+        raise ConfigError(f"config.model.channel_mults={model.channel_mults}: needs one positive factor a level")
+    levels = len(model.channel_mults)
+    factor = 2 ** (levels - 1)
+    if size % factor:
+        raise ConfigError(
+            f"config.data.image_size={size}: must be divisible by {factor}, since config.model.channel_mults="
+            f"{model.channel_mults} halves the image {levels - 1} times"
+        )
+    heights = [size // 2**i for i in range(levels)]
+    for resolution in model.attention_resolutions:
+        if resolution not in heights:
+            raise ConfigError(
+                f"config.model.attention_resolutions={model.attention_resolutions}: no level has height {resolution}; "
+                f"the levels' heights are {', '.join(map(str, heights))}"
+            )
+    if model.base_channels < 4:
+        raise ConfigError(f"config.model.base_channels={model.base_channels}: the time embedding needs at least 4")
+    if model.label_dropout and not model.num_classes:
+        raise ConfigError(
+            f"config.model.label_dropout={model.label_dropout}: there is no label to drop; set config.model.num_classes"
+        )
+    if config.sampling.guidance != 1 and not (model.num_classes and model.label_dropout):
+        raise ConfigError(
+            f"config.sampling.guidance={config.sampling.guidance}: needs a network trained with config.model.num_classes "
+            "and config.model.label_dropout > 0; use 1"
+        )
+
+
+def _check_chains(config: Config) -> None:
+    train, sampling = config.train, config.sampling
+    if train.batch_size % train.accumulate:
+        raise ConfigError(
+            f"config.train.accumulate={train.accumulate}: must divide config.train.batch_size={train.batch_size}"
+        )
+    if sampling.eta and sampling.method != "ddim":
+        raise ConfigError(f"config.sampling.eta={sampling.eta}: method {sampling.method!r} has no eta; use 0")
+    if not 0 <= sampling.eta <= 1:
+        raise ConfigError(f"config.sampling.eta={sampling.eta}: must lie in 0 .. 1")
+    settings = config.diffusion
+    try:
+        diffusion.schedule_betas(
+            settings.schedule, num_timesteps=settings.num_timesteps, scale_betas=settings.scale_betas
+        )
+        diffusion.timestep_plan(settings.num_timesteps, sampling.num_steps, sampling.spacing)
+    except ValueError as error:
+        raise ConfigError(f"config.{error}") from None
+
+
+def _check_type(field: str, value: Any) -> None:
+    wanted = _field_type(field)
+    if typing.get_origin(wanted) is tuple:
+        fits = isinstance(value, tuple | list) and all(isinstance(x, int) for x in value)
+    else:
+        options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+        # An int is a fine float, and True is a poor int.
+        options += (int,) if float in options else ()
+        fits = isinstance(value, options) and (bool in options or not isinstance(value, bool))
+    if not fits:
+        name = getattr(wanted, "__name__", str(wanted)) if typing.get_origin(wanted) is None else str(wanted)
+        raise ConfigError(f"config.{field}={value!r}: must be {name}, not {type(value).__name__}")
+
+
+def _field_type(field: str) -> Any:
+    cls: Any = Config
+    for name in field.split("."):
+        cls = typing.get_type_hints(cls)[name]
+    return cls
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain values, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """The inverse of ``to_dict``, also after JSON made lists of the tuples; a missing field takes its default.
+
+    Raises:
+      ConfigError: a field that does not exist, with the nearest one that does.
+    """
+    config = Config()
+    for field, value in _flat(values).items():
+        if field not in field_names():
+            raise ConfigError(f"config.{field}: no such field; did you mean config.{nearest_field(field)}?")
+        section, _, name = field.rpartition(".")
+        owner = get(config, section) if section else config
+        setattr(owner, name, tuple(value) if isinstance(value, list) else value)
+    return config
+
+
+def differences(a: Config, b: Config, fields: list[str]) -> list[str]:
+    """One line for each of the fields in which two configs differ: "model.dropout: 0.1 != 0.0"."""
+    return [
+        f"{field}: {get(a, field)!r} != {get(b, field)!r}" for field in fields if get(a, field) != get(b, field)
+    ]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

@@ -1,0 +1,20 @@
+"""Images in: sources, their order, and host batches. The only room that imports TensorFlow, and late."""
+
+from ddpm_jax.data.image_set import DataError, ImageSet
+from ddpm_jax.data.order import batch_indices
+from ddpm_jax.data.pipeline import batches, index_batches
+from ddpm_jax.data.placement import device_batches, gather, put_images
+from ddpm_jax.data.sources import load, needs_tensorflow
+
+__all__ = [
+    "DataError",
+    "ImageSet",
+    "batch_indices",
+    "batches",
+    "device_batches",
+    "gather",
+    "index_batches",
+    "load",
+    "needs_tensorflow",
+    "put_images",
+]

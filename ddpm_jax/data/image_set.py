@@ -1,0 +1,52 @@
+"""What every source returns, the error it raises, and the fitting of pictures without TensorFlow."""
+
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from ddpm_jax.progress import progress
+
+
+class ImageSet(NamedTuple):
+    """A whole data set in host memory.
+
+    images: uint8 [N H W C], H = W, C = 1 or 3.
+    labels: int32 [N], or None where the source has none.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray | None
+
+
+class DataError(ValueError):
+    """A user's mistake in `data.*`: one line that names the field, its value and the remedy."""
+
+
+def fit_picture(picture: Image.Image, image_size: int, channels: int) -> np.ndarray:
+    """Centre-crop a picture to a square, convert its colours and resize it with antialias: uint8 [S S C]."""
+    picture = picture.convert("RGB" if channels == 3 else "L")  # drops alpha, expands a palette
+    side = min(picture.size)
+    left, top = ((length - side) // 2 for length in picture.size)
+    picture = picture.crop((left, top, left + side, top + side))
+    if side != image_size:
+        # Pillow widens the filter by the reduction, as tf.image.resize does with antialias=True.
+        picture = picture.resize((image_size, image_size), Image.Resampling.BILINEAR)
+    return np.asarray(picture).reshape(image_size, image_size, channels)
+
+
+def fit_arrays(images: np.ndarray, image_size: int, channels: int) -> np.ndarray:
+    """Fit uint8 [N H W C], C = 1, 3 or 4, to uint8 [N S S channels]; nothing is copied where nothing changes."""
+    count, height, width, _ = images.shape
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    images = images[:, top : top + side, left : left + side]
+    if images.shape[1:] == (image_size, image_size, channels):
+        return np.ascontiguousarray(images)
+    fitted = np.empty((count, image_size, image_size, channels), np.uint8)
+    with progress(count, "resizing images", "img") as bar:
+        for target, image in zip(fitted, images, strict=True):
+            picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+            target[:] = fit_picture(picture, image_size, channels)
+            bar.update(1)
+    return fitted

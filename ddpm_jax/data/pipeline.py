@@ -1,0 +1,133 @@
+"""From an image set to endless host batches, each a function of (seed, step) and of nothing else."""
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from ddpm_jax.data.decoding import as_tensor, import_tensorflow
+from ddpm_jax.data.image_set import DataError, ImageSet
+from ddpm_jax.data.order import batch_indices
+
+Batch = dict[str, np.ndarray]
+_AHEAD = 4  # batches prepared before they are asked for
+
+# (step) -> (indices int64 [b], flips bool [b]) of this process
+_Order = Callable[[int], tuple[np.ndarray, np.ndarray]]
+
+
+def batches(
+    image_set: ImageSet,
+    *,
+    seed: int,
+    batch_size: int,
+    first_step: int = 0,
+    random_flip: bool = True,
+    process_index: int = 0,
+    process_count: int = 1,
+    use_tensorflow: bool = False,
+) -> Iterator[Batch]:
+    """Serve the batches of steps first_step, first_step + 1, … without end, prepared a few ahead.
+
+    Both servers, tf.data and NumPy, serve the same bytes. Close the iterator, or drop it, to stop its threads.
+
+    Args:
+        image_set: uint8 images [N H W C] and labels; read in place, so do not write to it meanwhile.
+        seed: of the run, >= 0.
+        batch_size: of the GLOBAL batch.
+        first_step: the optimizer step to begin with, as after a resume.
+        random_flip: mirror half of the images, others in every epoch; the order of the images is the same without.
+        process_index: which contiguous share of each batch to serve.
+        process_count: the number of shares; it divides `batch_size`.
+        use_tensorflow: serve through tf.data, otherwise by a NumPy thread, which imports no TensorFlow.
+
+    Returns:
+        Iterator over dict(image=uint8 [b H W C], label=int32 [b]), b = batch_size / process_count, C-contiguous;
+        `label` is absent where the set has none.
+
+    Raises:
+        DataError: the set is empty, or `batch_size` does not divide among the processes.
+    """
+    order = _order(len(image_set.images), seed, batch_size, random_flip, process_index, process_count)
+    serve = _serve_with_tensorflow if use_tensorflow else _serve_with_numpy
+    return serve(image_set, order, first_step)
+
+
+def index_batches(
+    num_images: int,
+    *,
+    seed: int,
+    batch_size: int,
+    first_step: int = 0,
+    random_flip: bool = True,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """Serve the order alone, for a set that lies on the device: dict(index=int32 [b], flip=bool [b]).
+
+    Image i of `batches` with the same arguments is image `index[i]`, mirrored left to right where `flip[i]`.
+    Arguments and errors are those of `batches`.
+    """
+    order = _order(num_images, seed, batch_size, random_flip, process_index, process_count)
+    steps = map(order, itertools.count(first_step))
+    return ({"index": indices.astype(np.int32), "flip": flips} for indices, flips in steps)
+
+
+def _order(
+    num_images: int, seed: int, batch_size: int, random_flip: bool, process_index: int, process_count: int
+) -> _Order:
+    if num_images < 1:
+        raise DataError("data.source holds no image: give a source or a split that has at least one")
+    if batch_size < 1 or batch_size % process_count:
+        raise DataError(
+            f"train.batch_size={batch_size} does not divide among {process_count} processes: "
+            f"make it a positive multiple of {process_count}"
+        )
+    share = batch_size // process_count
+    mine = slice(process_index * share, (process_index + 1) * share)
+
+    def order(step: int) -> tuple[np.ndarray, np.ndarray]:
+        indices, flips = batch_indices(seed, step, batch_size, num_images)
+        return indices[mine], flips[mine] & random_flip
+
+    return order
+
+
+def _serve_with_numpy(image_set: ImageSet, order: _Order, first_step: int) -> Iterator[Batch]:
+    def make(step: int) -> Batch:
+        indices, flips = order(step)
+        images = np.take(image_set.images, indices, axis=0)
+        images[flips] = images[flips][:, :, ::-1]
+        return {"image": images} if image_set.labels is None else {"image": images, "label": image_set.labels[indices]}
+
+    # Futures instead of a thread that loops: nothing runs on when the consumer stops, and errors come with `result`.
+    pool = ThreadPoolExecutor(1, "batches")
+    steps = itertools.count(first_step)
+    try:
+        pending: deque[Future[Batch]] = deque(pool.submit(make, next(steps)) for _ in range(_AHEAD))
+        while True:
+            batch = pending.popleft().result()
+            pending.append(pool.submit(make, next(steps)))
+            yield batch
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _serve_with_tensorflow(image_set: ImageSet, order: _Order, first_step: int) -> Iterator[Batch]:
+    tf = import_tensorflow()
+    tensors = {"image": as_tensor(image_set.images)}
+    if image_set.labels is not None:
+        tensors["label"] = as_tensor(image_set.labels)
+
+    def gather(indices: Any, flips: Any) -> dict[str, Any]:
+        batch = {name: tf.gather(tensor, indices) for name, tensor in tensors.items()}
+        mirrored = tf.reverse(batch["image"], axis=[2])
+        return batch | {"image": tf.where(flips[:, None, None, None], mirrored, batch["image"])}
+
+    spec = (tf.TensorSpec((None,), tf.int64), tf.TensorSpec((None,), tf.bool))
+    dataset = tf.data.Dataset.from_generator(lambda: map(order, itertools.count(first_step)), output_signature=spec)
+    dataset = dataset.map(gather, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(_AHEAD)
+    yield from dataset.as_numpy_iterator()

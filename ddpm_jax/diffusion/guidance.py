@@ -1,0 +1,31 @@
+"""Classifier-free guidance: a wrapper of a denoiser, so that every sampler has it."""
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+
+def guided(denoise_fn: Partial, label: jax.Array, null_label: int, guidance: float | jax.Array) -> Partial:
+    """``denoise_fn(x_t, t)`` that returns out_null + w (out_label - out_null), w = ``guidance``.
+
+    w = 1 is the plain conditional network, w = 0 the unconditional one. Ho & Salimans 2022 (eq. 6) write
+    (1 + w') out_label - w' out_null: their w' is w - 1. Both halves go through one batched network call.
+
+    Args:
+      denoise_fn: ``denoise_fn(x_t, t, label)``.
+      label: int32 [B], the classes wanted.
+      null_label: the label that stands for none.
+      guidance: w >= 0; an argument of the compiled sampler, not a constant in it.
+    """
+    return Partial(_guided, denoise_fn, label, jnp.full_like(label, null_label), jnp.asarray(guidance, jnp.float32))
+
+
+def _guided(
+    denoise_fn: Partial, label: jax.Array, null: jax.Array, guidance: jax.Array, x_t: jax.Array, t: jax.Array
+) -> jax.Array:
+    def twice(x: jax.Array) -> jax.Array:
+        return jnp.concatenate([x, x])
+
+    output = denoise_fn(twice(x_t), twice(t), jnp.concatenate([null, label]))
+    out_null, out_label = jnp.split(output.astype(jnp.float32), 2)
+    return out_null + guidance * (out_label - out_null)

@@ -1,0 +1,80 @@
+"""What the network is trained for: targets, distances and their weights over t."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from ddpm_jax.diffusion.schedule import Schedule, rates
+
+MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, section 3.4
+
+
+def loss(kind: str, prediction: jax.Array, target: jax.Array) -> jax.Array:
+    """Distance of each prediction from its target, mean over pixels, float32 [B].
+
+    l1: |d|;  l2: d^2 (Ho et al. 2020, eq. 14);  huber: d^2 / 2 where |d| <= 1, |d| - 1/2 elsewhere.
+
+    Args:
+      kind: "l1", "l2" or "huber".
+      prediction: network output [B ...].
+      target: eps, x0 or v, shaped as prediction.
+
+    Raises:
+      ValueError: an unknown kind, or shapes that differ (which would broadcast silently).
+    """
+    if kind not in _DISTANCES:
+        raise ValueError(f"diffusion.loss={kind!r}: choose one of {', '.join(_DISTANCES)}")
+    if prediction.shape != target.shape:
+        raise ValueError(f"loss: prediction {prediction.shape} and target {target.shape} must have the same shape")
+    difference = prediction.astype(jnp.float32) - target.astype(jnp.float32)
+    return _DISTANCES[kind](difference).mean(range(1, difference.ndim))
+
+
+def target(prediction: str, schedule: Schedule, x0: jax.Array, eps: jax.Array, t: jax.Array) -> jax.Array:
+    """What a network that predicts ``prediction`` should answer: eps, x0, or v = sqrt(ab) eps - sqrt(1 - ab) x0.
+
+    Args:
+      prediction: "eps", "x0" or "v" (Salimans & Ho 2022, section 4).
+      schedule: the noise schedule.
+      x0: clean images [B ...].
+      eps: the noise in x_t, shaped as x0.
+      t: int32 [B].
+    """
+    if prediction == "v":
+        now = rates(schedule, t, x0)
+        return now.signal * eps - now.noise * x0
+    return {"eps": eps, "x0": x0}[prediction]
+
+
+def weight(kind: str, prediction: str, schedule: Schedule, t: jax.Array) -> jax.Array:
+    """Weight of each example's loss, float32 [B], from its timestep.
+
+    uniform: 1, which for eps is L_simple (Ho et al. 2020, eq. 14).
+    min_snr: w = min(SNR, 5), SNR = alpha_bar / (1 - alpha_bar), on the squared error of x0 (Hang et al. 2023, eq. 8);
+    on the error of eps that is w / SNR, on that of v w / (SNR + 1).
+
+    Args:
+      kind: "uniform" or "min_snr".
+      prediction: what the network predicts, "eps", "x0" or "v".
+      schedule: the noise schedule.
+      t: int32 [B].
+    """
+    if kind not in WEIGHTS:
+        raise ValueError(f"diffusion.loss_weight={kind!r}: choose one of {', '.join(WEIGHTS)}")
+    if kind == "uniform":
+        return jnp.ones(t.shape, jnp.float32)
+    now = rates(schedule, t, t)
+    snr = now.alpha_bar / now.noise_level
+    clipped = jnp.minimum(snr, MIN_SNR_GAMMA)
+    return {"eps": clipped / snr, "x0": clipped, "v": clipped / (snr + 1)}[prediction]
+
+
+def _huber(difference: jax.Array) -> jax.Array:
+    size = jnp.abs(difference)
+    return jnp.where(size <= 1, 0.5 * difference**2, size - 0.5)
+
+
+_DISTANCES: dict[str, Callable[[jax.Array], jax.Array]] = {"l1": jnp.abs, "l2": jnp.square, "huber": _huber}
+LOSSES = tuple(_DISTANCES)
+WEIGHTS = ("uniform", "min_snr")

@@ -1,0 +1,305 @@
+"""The reverse process: one step of DDPM or DDIM, and the one lax.scan that runs either."""
+
+import functools
+import itertools
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from ddpm_jax.diffusion.process import PREDICTIONS, eps_from, posterior, x0_from
+from ddpm_jax.diffusion.schedule import Schedule, beta_between, rates
+from ddpm_jax.diffusion.spacing import timestep_plan
+
+METHODS = ("ddim", "ddpm")
+VARIANCES = ("fixed_small", "fixed_large")
+
+
+class Trajectory(NamedTuple):
+    """K steps of a chain, noisy to clean: the timestep, the image that the network saw, and the x0 that it guessed."""
+
+    t: jax.Array  # int32 [K]
+    x_t: jax.Array  # [K B H W C]
+    x0_hat: jax.Array  # [K B H W C], clipped where the chain clips
+
+
+def ddpm_step(
+    schedule: Schedule,
+    x0_hat: jax.Array,
+    x_t: jax.Array,
+    t: jax.Array,
+    t_prev: jax.Array,
+    noise: jax.Array,
+    *,
+    variance: str = "fixed_small",
+) -> jax.Array:
+    """x_prev ~ N(posterior mean of (x0_hat, x_t), sigma^2)  (Ho et al. 2020, algorithm 2; ancestral sampling).
+
+    fixed_small: sigma^2 = (1 - alpha_bar_prev) / (1 - alpha_bar_t) beta, the posterior's variance.
+    fixed_large: sigma^2 = beta = 1 - alpha_bar_t / alpha_bar_prev; what Ho et al. used for CIFAR-10.
+    No noise is added in the step to clean data, t_prev = -1.
+
+    Args:
+      schedule: the noise schedule.
+      x0_hat: predicted clean images [B ...].
+      x_t: noisy images, shaped as x0_hat.
+      t: int32 [] or [B], 0 .. T-1.
+      t_prev: int32 like t, -1 .. t-1.
+      noise: standard normal, shaped as x_t.
+      variance: "fixed_small" or "fixed_large".
+    """
+    mean, small, _ = posterior(schedule, x0_hat, x_t, t, t_prev)
+    if variance == "fixed_small":
+        return mean + jnp.sqrt(small) * noise
+    prev = rates(schedule, t_prev, x_t)
+    large = jnp.where(prev.noise_level > 0, beta_between(rates(schedule, t, x_t), prev), 0.0)
+    return mean + jnp.sqrt(large) * noise
+
+
+def ddim_step(
+    schedule: Schedule,
+    x0_hat: jax.Array,
+    eps_hat: jax.Array,
+    t: jax.Array,
+    t_prev: jax.Array,
+    noise: jax.Array,
+    *,
+    eta: float | jax.Array = 0.0,
+) -> jax.Array:
+    """x_prev = sqrt(alpha_bar_prev) x0_hat + sqrt(1 - alpha_bar_prev - sigma^2) eps_hat + sigma noise.
+
+    sigma = eta sqrt((1 - alpha_bar_prev) / (1 - alpha_bar_t)) sqrt(1 - alpha_bar_t / alpha_bar_prev)
+    (Song et al. 2021, eq. 12 and 16). eta = 0 is deterministic, eta = 1 is DDPM with ``fixed_small``.
+
+    Args:
+      schedule: the noise schedule.
+      x0_hat: predicted clean images [B ...].
+      eps_hat: predicted noise, shaped as x0_hat.
+      t: int32 [] or [B], 0 .. T-1.
+      t_prev: int32 like t, -1 .. t-1.
+      noise: standard normal, shaped as x0_hat.
+      eta: 0 .. 1.
+    """
+    now, prev = rates(schedule, t, x0_hat), rates(schedule, t_prev, x0_hat)
+    sigma2 = eta**2 * prev.noise_level / now.noise_level * beta_between(now, prev)
+    # 1 - alpha_bar_prev - sigma^2 as a sum of positive terms: the difference cancels on long steps with eta = 1.
+    kept = now.alpha_bar / prev.alpha_bar * prev.noise_level / now.noise_level
+    direction = jnp.sqrt(prev.noise_level * (1 - eta**2 + eta**2 * kept))
+    return prev.signal * x0_hat + direction * eps_hat + jnp.sqrt(sigma2) * noise
+
+
+def sample(
+    denoise_fn: Callable[[jax.Array, jax.Array], jax.Array],
+    schedule: Schedule,
+    x_T: jax.Array,
+    key: jax.Array,
+    *,
+    method: str = "ddim",
+    num_steps: int = 50,
+    spacing: str = "leading",
+    plan: tuple[np.ndarray, np.ndarray] | None = None,
+    eta: float | jax.Array = 0.0,
+    variance: str = "fixed_small",
+    prediction: str = "eps",
+    clip_x0: bool | tuple[Any, Any] = True,
+    rederive_eps: bool = True,
+    trajectory: int = 0,
+    on_step: Callable[[int], object] | None = None,
+) -> Any:
+    """Runs a chain from x_T to x0 inside one compiled ``lax.scan``.
+
+    The function is jitted itself. It compiles anew for another ``denoise_fn``, shape, number of steps or choice by name,
+    and not for other weights, schedules, timesteps, keys, eta or clip bounds, which are arguments of the program.
+
+    Args:
+      denoise_fn: ``denoise_fn(x_t, t)``, [B H W C] float32 and int32 [B] -> [B H W C], called once a step. A plain
+        function is static, cached by identity: define it once. ``jax.tree_util.Partial(f, params)`` passes its leaves
+        as arguments.
+      schedule: the noise schedule.
+      x_T: the start, float32 [B H W C]: standard normal noise. Its sharding is that of the chain.
+      key: one key, or B keys, one an image; then image i depends on x_T[i] and key[i] alone. A step's noise is drawn
+        from ``fold_in(key, t)``, so two chains with the same key meet the same noise at the same t.
+      method: "ddim" or "ddpm" (ancestral sampling).
+      num_steps: S, network calls.
+      spacing: which timesteps, see ``timestep_plan``.
+      plan: ``(t, t_prev)``, int [S] each, in place of num_steps and spacing; t_prev < t, -1 is clean data. The last
+        t_prev need not be -1: the chain then stops at that noise level.
+      eta: 0 .. 1, the noise of DDIM; 0 ignores the key. Other methods have none and refuse it.
+      variance: "fixed_small" or "fixed_large", for DDPM.
+      prediction: what the network predicts: "eps", "x0" or "v".
+      clip_x0: clip x0_hat to [-1, 1] (True), to a pair of bounds that broadcast against x_T, or not at all (False).
+      rederive_eps: DDIM takes eps_hat from the clipped x0_hat, so that x_t stays consistent with both; False keeps the
+        network's own eps, as diffusers does by default.
+      trajectory: K > 0 also returns K evenly chosen steps of the chain, the first and the last among them.
+      on_step: called with 0 .. S-1 from inside the scan as each step ends, for a progress bar. The call then returns
+        when the chain is done instead of at once.
+
+    Returns:
+      x0 [B H W C] float32, or ``(x0, Trajectory)`` where trajectory > 0.
+
+    Raises:
+      ValueError: an argument is out of range or does not fit the others; the message names it and the remedy.
+    """
+    _check_choices(method, eta, variance, prediction)
+    t, t_prev = _checked_plan(schedule, num_steps, spacing, plan)
+    if not 0 <= trajectory <= len(t):
+        raise ValueError(f"trajectory={trajectory}: must lie in 0 .. {len(t)}, the number of steps")
+    bounds = clip_x0 if isinstance(clip_x0, tuple) else ((-1.0, 1.0) if clip_x0 else None)
+    if isinstance(clip_x0, tuple) and len(clip_x0) != 2:
+        raise ValueError(f"clip_x0={clip_x0!r}: must be a bool or a pair of bounds")
+    x_T = jnp.asarray(x_T, jnp.float32)
+    run = functools.partial(
+        _run_chain,
+        denoise_fn if isinstance(denoise_fn, Partial) else Partial(denoise_fn),
+        schedule,
+        x_T,
+        _checked_key(key, x_T.shape[0]),
+        jnp.asarray(t),
+        jnp.asarray(t_prev),
+        jnp.asarray(eta, jnp.float32),
+        bounds,
+        kept=tuple(np.round(np.linspace(0, len(t) - 1, trajectory)).astype(int).tolist()),
+        method=method,
+        variance=variance,
+        prediction=prediction,
+        rederive_eps=rederive_eps,
+    )
+    x0, kept = run(listener=None) if on_step is None else _run_with_listener(run, on_step)
+    return (x0, kept) if trajectory else x0
+
+
+@functools.partial(jax.jit, static_argnames=("kept", "method", "variance", "prediction", "rederive_eps"))
+def _run_chain(
+    denoise_fn: Partial,
+    schedule: Schedule,
+    x_T: jax.Array,
+    key: jax.Array,
+    t: jax.Array,
+    t_prev: jax.Array,
+    eta: jax.Array,
+    bounds: tuple[Any, Any] | None,
+    *,
+    listener: jax.Array | None,
+    kept: tuple[int, ...],
+    method: str,
+    variance: str,
+    prediction: str,
+    rederive_eps: bool,
+) -> tuple[jax.Array, Trajectory]:
+    """The compiled chain; ``kept`` lists the steps that the trajectory keeps."""
+    slots = np.full(t.shape[0], len(kept), np.int32)  # one past the end: scattered to nowhere
+    slots[list(kept)] = np.arange(len(kept))
+
+    def step(carry: tuple[jax.Array, Trajectory], i: jax.Array) -> tuple[tuple[jax.Array, Trajectory], None]:
+        x_t, trajectory = carry
+        now, prev = t[i], t_prev[i]
+        output = denoise_fn(x_t, jnp.full(x_t.shape[:1], now)).astype(jnp.float32)
+        x0_hat = x0_from(prediction, schedule, output, x_t, now)
+        if bounds is not None:
+            x0_hat = jnp.clip(x0_hat, *bounds)
+        if kept:
+            trajectory = jax.tree.map(
+                lambda all_steps, this: all_steps.at[jnp.asarray(slots)[i]].set(this, mode="drop"),
+                trajectory,
+                Trajectory(now, x_t, x0_hat),
+            )
+        noise = _noise(key, now, x_t)
+        if method == "ddpm":
+            x_prev = ddpm_step(schedule, x0_hat, x_t, now, prev, noise, variance=variance)
+        else:
+            # Without clipping the two are the same number, and the network's own is the better conditioned.
+            source = ("x0", x0_hat) if rederive_eps and bounds is not None else (prediction, output)
+            eps_hat = eps_from(source[0], schedule, source[1], x_t, now)
+            x_prev = ddim_step(schedule, x0_hat, eps_hat, now, prev, noise, eta=eta)
+        if listener is not None:
+            jax.debug.callback(_tell_listener, listener, i)
+        return (x_prev, trajectory), None
+
+    empty = Trajectory(*(jnp.zeros((len(kept), *shape), dtype) for shape, dtype in _trajectory_shapes(x_T)))
+    (x0, trajectory), _ = jax.lax.scan(step, (x_T, empty), jnp.arange(t.shape[0]))
+    return x0, trajectory
+
+
+def _trajectory_shapes(x_T: jax.Array) -> list[tuple[tuple[int, ...], Any]]:
+    return [((), jnp.int32), (x_T.shape, jnp.float32), (x_T.shape, jnp.float32)]
+
+
+def _noise(key: jax.Array, t: jax.Array, x: jax.Array) -> jax.Array:
+    """Standard normal noise shaped as x, from one key or from one key an image."""
+    if key.ndim == 0:
+        return jax.random.normal(jax.random.fold_in(key, t), x.shape, x.dtype)
+    return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, t), x.shape[1:], x.dtype))(key)
+
+
+def _check_choices(method: str, eta: float | jax.Array, variance: str, prediction: str) -> None:
+    for field, value, choices in (
+        ("sampling.method", method, METHODS),
+        ("sampling.variance", variance, VARIANCES),
+        ("diffusion.prediction", prediction, PREDICTIONS),
+    ):
+        if value not in choices:
+            raise ValueError(f"{field}={value!r}: choose one of {', '.join(choices)}")
+    if isinstance(eta, jax.core.Tracer):
+        return
+    if not 0 <= float(eta) <= 1:
+        raise ValueError(f"sampling.eta={eta}: must lie in 0 .. 1")
+    if method != "ddim" and float(eta) != 0:
+        raise ValueError(f"sampling.eta={eta}: method {method!r} has no eta; leave it at 0 or use method 'ddim'")
+
+
+def _checked_plan(
+    schedule: Schedule, num_steps: int, spacing: str, plan: tuple[np.ndarray, np.ndarray] | None
+) -> tuple[np.ndarray, np.ndarray]:
+    num_timesteps = schedule.num_timesteps
+    if plan is None:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            t, t_prev = timestep_plan(num_timesteps, num_steps, spacing)
+        for warning in caught:  # raised again where the user called sample
+            warnings.warn(warning.message, stacklevel=3)
+        return t, t_prev
+    t, t_prev = (np.asarray(x) for x in plan)
+    if t.ndim != 1 or t.shape != t_prev.shape or not len(t) or t.dtype.kind != "i" or t_prev.dtype.kind != "i":
+        raise ValueError(f"plan: t {t.dtype}{t.shape} and t_prev {t_prev.dtype}{t_prev.shape} must be int [S] both")
+    bad = np.flatnonzero((t < 0) | (t >= num_timesteps) | (t_prev < -1) | (t_prev >= t))
+    if bad.size:
+        i = bad[0]
+        raise ValueError(
+            f"plan: step {i} goes from t = {t[i]} to t_prev = {t_prev[i]}; needs 0 <= t < {num_timesteps} and -1 <= t_prev < t"
+        )
+    return t.astype(np.int32), t_prev.astype(np.int32)
+
+
+def _checked_key(key: jax.Array, num_images: int) -> jax.Array:
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    if key.shape not in ((), (num_images,)):
+        raise ValueError(f"key: shape {key.shape}; give one key, or {num_images} keys, one an image")
+    return key
+
+
+# on_step is looked up by number when a step ends: as a static argument every new progress bar would compile the chain
+# again.
+_listeners: dict[int, Callable[[int], object]] = {}
+_listener_numbers = itertools.count()
+
+
+def _run_with_listener(run: Callable[..., Any], on_step: Callable[[int], object]) -> Any:
+    number = next(_listener_numbers)
+    _listeners[number] = on_step
+    try:
+        result = jax.block_until_ready(run(listener=jnp.int32(number)))
+        jax.effects_barrier()
+        return result
+    finally:
+        del _listeners[number]
+
+
+def _tell_listener(number: np.ndarray, i: np.ndarray) -> None:
+    on_step = _listeners.get(int(number))
+    if on_step is not None:
+        on_step(int(i))

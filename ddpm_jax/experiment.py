@@ -1,0 +1,251 @@
+"""Config -> network, schedule, loss, denoiser, optimizer: the one place where the rooms meet."""
+
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from etils import epath
+from jax.sharding import Mesh
+from jax.tree_util import Partial
+
+from ddpm_jax import config as config_lib
+from ddpm_jax import diffusion, images, models, training
+from ddpm_jax.config import Config, ConfigError
+
+# Two runs that differ here do not have the same parameters, or do not mean the same by them.
+IDENTITY_FIELDS = [
+    field
+    for field in config_lib.field_names()
+    if field.startswith(("model.", "diffusion.")) and field not in ("model.attention", "model.dropout")
+] + ["data.image_size", "data.channels"]
+
+
+class RunError(ValueError):
+    """A workdir that cannot be used as asked; the message is one line with the path and the remedy."""
+
+
+class Run(NamedTuple):
+    """A trained run, ready to sample from: ``diffusion.sample(run.denoise_fn, run.schedule, x_T, key)``."""
+
+    config: Config
+    schedule: diffusion.Schedule
+    denoise_fn: Partial  # denoise_fn(x_t, t[, label]) -> what config.diffusion.prediction says
+    params: training.Params
+
+
+def make_schedule(config: Config) -> diffusion.Schedule:
+    """The noise schedule."""
+    settings = config.diffusion
+    return diffusion.make_schedule(
+        settings.schedule, num_timesteps=settings.num_timesteps, scale_betas=settings.scale_betas
+    )
+
+
+def make_model(config: Config) -> models.UNet:
+    """The network."""
+    settings = config.model
+    width = settings.base_channels * max(settings.channel_mults)
+    try:
+        models.check_attention(settings.attention, width, config.dtype, jax.default_backend())
+    except ValueError as error:
+        raise ConfigError(f"config.{error}") from None
+    return models.UNet(
+        out_channels=config.data.channels,
+        base_channels=settings.base_channels,
+        channel_mults=tuple(settings.channel_mults),
+        num_res_blocks=settings.num_res_blocks,
+        attention_resolutions=tuple(settings.attention_resolutions),
+        dropout=settings.dropout,
+        num_classes=settings.num_classes,
+        attention=settings.attention,
+        remat=config.train.remat,
+        dtype=jnp.dtype(config.dtype),
+    )
+
+
+def make_init_fn(config: Config, model: nn.Module) -> Callable[[jax.Array], training.Params]:
+    """``init_fn(key) -> params``."""
+
+    def init_fn(key: jax.Array) -> training.Params:
+        x_t = jnp.zeros((1, *image_shape(config)))
+        return model.init(key, x_t, jnp.zeros((1,), jnp.int32))["params"]
+
+    return init_fn
+
+
+def make_loss_fn(config: Config, model: nn.Module, schedule: diffusion.Schedule) -> training.LossFn:
+    """``loss_fn(params, batch, keys) -> (loss, sums)`` of a batch of uint8 images, one key an example.
+
+    The sums are those of the loss and of the number of examples in each quarter of the range of t, [4] each.
+    """
+    settings = config.diffusion
+    num_timesteps = settings.num_timesteps
+
+    def draw(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        t_key, eps_key, label_key = jax.random.split(key, 3)
+        t = jax.random.randint(t_key, (), 0, num_timesteps)
+        eps = jax.random.normal(eps_key, image_shape(config))
+        return t, eps, jax.random.bernoulli(label_key, config.model.label_dropout)
+
+    def loss_fn(params: training.Params, batch: training.Batch, keys: jax.Array) -> tuple[jax.Array, training.Metrics]:
+        t, eps, unlabelled = jax.vmap(draw)(keys)
+        x0 = images.to_float(batch["image"])
+        x_t = diffusion.q_sample(schedule, x0, t, eps)
+        label = None
+        if config.model.num_classes:
+            label = jnp.where(unlabelled, config.model.num_classes, batch["label"])
+        dropout_key = jax.random.fold_in(keys[0], num_timesteps)
+        output = model.apply({"params": params}, x_t, t, label, train=True, rngs={"dropout": dropout_key})
+        target = diffusion.target(settings.prediction, schedule, x0, eps, t)
+        losses = diffusion.loss(settings.loss, output, target)
+        losses *= diffusion.weight(settings.loss_weight, settings.prediction, schedule, t)
+        quarter = jax.nn.one_hot(4 * t // num_timesteps, 4)
+        return losses.mean(), {"loss_sums": losses @ quarter, "loss_counts": quarter.sum(0)}
+
+    return loss_fn
+
+
+def make_denoise_fn(config: Config, model: nn.Module, params: training.Params) -> Partial:
+    """``denoise_fn(x_t, t, label=None)``, the network with its parameters; no label is the null label."""
+    del config  # the same for every config today; what wraps a network for its input belongs here
+    return Partial(_Apply(model), params)
+
+
+class _Apply(NamedTuple):
+    """``model.apply`` without its dictionary: hashable by value, so that equal networks share compiled samplers."""
+
+    model: nn.Module
+
+    def __call__(
+        self, params: training.Params, x_t: jax.Array, t: jax.Array, label: jax.Array | None = None
+    ) -> jax.Array:
+        return self.model.apply({"params": params}, x_t, t, label)  # type: ignore[return-value]
+
+
+def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, training.LearningRate]:
+    """The optimizer and its learning rate."""
+    settings = config.optimizer
+    learning_rate = training.make_learning_rate(
+        settings.learning_rate,
+        warmup_steps=settings.warmup_steps,
+        decay=settings.lr_decay,
+        num_steps=config.train.num_steps,
+    )
+    optimizer = training.make_optimizer(
+        learning_rate, weight_decay=settings.weight_decay, grad_clip_norm=settings.grad_clip_norm
+    )
+    return optimizer, learning_rate
+
+
+def make_mesh(config: Config) -> Mesh:
+    """The devices of a training run."""
+    try:
+        mesh = training.make_mesh(config.mesh.data, config.mesh.fsdp)
+    except ValueError as error:
+        raise ConfigError(f"config.{error}") from None
+    if config.train.batch_size % (mesh.size * config.train.accumulate):
+        raise ConfigError(
+            f"config.train.batch_size={config.train.batch_size}: must be divisible by the {mesh.size} devices times "
+            f"config.train.accumulate={config.train.accumulate}"
+        )
+    return mesh
+
+
+def image_shape(config: Config) -> tuple[int, int, int]:
+    """[H W C] of one image."""
+    return (config.data.image_size, config.data.image_size, config.data.channels)
+
+
+def sampling_options(config: Config) -> dict[str, Any]:
+    """The keyword arguments of ``diffusion.sample`` that a config decides."""
+    settings = config.sampling
+    return {
+        "method": settings.method,
+        "num_steps": settings.num_steps,
+        "spacing": settings.spacing,
+        "eta": settings.eta,
+        "variance": settings.variance,
+        "prediction": config.diffusion.prediction,
+        "clip_x0": settings.clip_x0,
+        "rederive_eps": settings.rederive_eps,
+    }
+
+
+def conditioned(denoise_fn: Partial, config: Config, label: jax.Array | None) -> Partial:
+    """``denoise_fn(x_t, t)`` for images of the classes ``label``, int32 [B], guided as ``sampling.guidance`` says."""
+    if label is None:
+        return denoise_fn
+    if config.sampling.guidance == 1:
+        return Partial(_labelled, denoise_fn, label)
+    null_label = config.model.num_classes
+    return diffusion.guided(denoise_fn, label, null_label, config.sampling.guidance)
+
+
+def _labelled(denoise_fn: Partial, label: jax.Array, x_t: jax.Array, t: jax.Array) -> jax.Array:
+    return denoise_fn(x_t, t, label)
+
+
+def load(workdir: str, weights: str = "ema", step: int | None = None) -> Run:
+    """A run from its workdir, on one device or on all: parameters are replicated over the devices there are.
+
+    Args:
+      workdir: of a training run.
+      weights: "ema" or "raw".
+      step: of the checkpoint; None is the newest that can be read.
+
+    Raises:
+      RunError: no run, no such checkpoint, or none that can be read.
+    """
+    if weights not in ("ema", "raw"):
+        raise RunError(f"--weights={weights}: choose ema or raw")
+    config = read_config(workdir)
+    if config is None:
+        raise RunError(f"{workdir}: holds no run (config.json is missing); train one with python -m ddpm_jax.train")
+    model = make_model(config)
+    optimizer, _ = make_optimizer(config)
+    mesh = training.make_mesh()
+    abstract = training.abstract_state(make_init_fn(config, model), optimizer, mesh)
+    with training.open_checkpoints(workdir, read_only=True) as checkpoints:
+        steps = sorted(checkpoints.all_steps())
+        if not steps or (step is not None and step not in steps):
+            listed = f"its checkpoints are {', '.join(map(str, steps))}" if steps else "it has no checkpoint yet"
+            raise RunError(f"{workdir}: no checkpoint{'' if step is None else f' of step {step}'}; {listed}")
+        try:
+            state = training.restore_latest(checkpoints, abstract, steps=[step] if step is not None else None)
+        except ValueError as error:
+            raise RunError(str(error)) from None
+    params = state.ema_params if weights == "ema" else state.params
+    return Run(config, make_schedule(config), make_denoise_fn(config, model, params), params)
+
+
+def read_config(workdir: str) -> Config | None:
+    """The config of the run in a workdir; None where there is none."""
+    path = epath.Path(workdir) / "config.json"
+    if not path.exists():
+        return None
+    try:
+        return config_lib.from_dict(json.loads(path.read_text()))
+    except (json.JSONDecodeError, ConfigError) as error:
+        raise RunError(f"{path}: {error}; restore it from a copy, or use another workdir") from None
+
+
+def check_workdir(workdir: str, config: Config) -> None:
+    """Refuses a workdir that holds a run of another network or diffusion, naming the fields that differ."""
+    existing = read_config(workdir)
+    differing = config_lib.differences(existing, config, IDENTITY_FIELDS) if existing else []
+    if differing:
+        raise RunError(
+            f"{workdir} holds a run of another model or diffusion ({'; '.join(differing)}); "
+            "use another --workdir, or the same fields"
+        )
+
+
+def write_config(workdir: str, config: Config) -> None:
+    """Writes ``<workdir>/config.json``, on process 0."""
+    if jax.process_index() == 0:
+        text = json.dumps(config_lib.to_dict(config), indent=2)
+        images.write_atomically(epath.Path(workdir) / "config.json", text.encode())

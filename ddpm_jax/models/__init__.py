@@ -1,0 +1,8 @@
+"""Flax Linen networks: ``model.apply({"params": params}, x_t, t, label, train=False)`` -> float32 [B H W C].
+
+The only room that imports ``flax.linen``.
+"""
+
+from ddpm_jax.models.unet import ATTENTIONS, REMATS, UNet, check_attention
+
+__all__ = ["ATTENTIONS", "REMATS", "UNet", "check_attention"]

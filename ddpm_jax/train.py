@@ -1,0 +1,352 @@
+"""Trains a run: ``python -m ddpm_jax.train --config configs/flowers.py [--workdir W] [--dry_run] [--config.<field>=…]``.
+
+The same command continues a run where it stopped. SIGTERM and Ctrl-C save first, and exit with 75 and 130.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import config_flags
+
+from ddpm_jax import config as config_lib
+from ddpm_jax import data, diffusion, experiment, generate, images, program, training
+from ddpm_jax.config import Config, ConfigError
+from ddpm_jax.experiment import RunError
+from ddpm_jax.progress import progress
+from ddpm_jax.training import TrainState
+
+EXIT_SIGTERM = 75  # EX_TEMPFAIL: the same command continues the run
+EXIT_SIGINT = 130
+MAX_SKIPPED_IN_A_ROW = 20
+
+
+def train(config: Config, workdir: str) -> TrainState:
+    """Trains until step ``config.train.num_steps``, from the newest checkpoint in ``workdir`` where there is one.
+
+    Raises:
+      ConfigError, data.DataError, RunError: the config, the data or the workdir cannot be used; nothing was written.
+      RunError: 20 steps in a row were not finite.
+      SystemExit: SIGTERM (75) or Ctrl-C (130) came; the state was saved first.
+    """
+    config_lib.validate(config)
+    experiment.check_workdir(workdir, config)
+    mesh = experiment.make_mesh(config)
+    setup = _Setup(config, mesh)
+    image_set = _load_images(config)
+    experiment.write_config(workdir, config)
+    checkpoints = training.open_checkpoints(
+        workdir, keep_last=config.train.keep_last, keep_every=config.train.keep_every
+    )
+    with _stop_signal() as stop, checkpoints:
+        state = _restore_or_init(setup, checkpoints)
+        first_step = int(state.step)
+        batches = _batches(config, mesh, image_set, first_step)
+        with (
+            contextlib.closing(batches),
+            training.MetricsWriter(workdir, first_step, enabled=jax.process_index() == 0) as writer,
+            _Log(config, writer, first_step) as log,
+        ):
+            if first_step == config.train.num_steps:  # the run was killed between its last checkpoint and its pictures
+                _write_samples(setup, state, workdir, writer, missing_only=True)
+            for step in range(first_step + 1, config.train.num_steps + 1):
+                state, metrics = setup.train_step(state, next(batches), setup.key)
+                log.add(step, metrics)
+                diverged = log.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
+                last = step == config.train.num_steps or stop.is_set() or diverged
+                if step % config.train.checkpoint_every == 0 or last:
+                    with log.paused():
+                        training.save(checkpoints, state)
+                if diverged:
+                    raise RunError(_divergence(workdir, step))
+                if stop.is_set():
+                    break
+                if step % config.train.sample_every == 0 or last:
+                    with log.paused():
+                        _write_samples(setup, state, workdir, writer)
+        checkpoints.wait_until_finished()
+    if stop.is_set():
+        print(f"saved step {int(state.step)} of {config.train.num_steps}; the same command continues", file=sys.stderr)
+        sys.exit(stop.exit_code)
+    return state
+
+
+class _Setup:
+    """What a config makes, before any data is read: network, schedule, optimizer, and the compiled step over the mesh."""
+
+    def __init__(self, config: Config, mesh: Mesh):
+        self.config, self.mesh = config, mesh
+        self.model = experiment.make_model(config)
+        self.schedule = experiment.make_schedule(config)
+        self.optimizer, learning_rate = experiment.make_optimizer(config)
+        self.init_fn = experiment.make_init_fn(config, self.model)
+        self.abstract_state = training.abstract_state(self.init_fn, self.optimizer, mesh)
+        self.key = jax.random.key(config.seed)
+        on_device = config.data.placement == "device"
+        self.train_step = training.make_train_step(
+            mesh,
+            jax.tree.map(lambda x: x.sharding, self.abstract_state),
+            {name: x.sharding for name, x in self.abstract_batch().items()},
+            accumulate=config.train.accumulate,
+            loss_fn=experiment.make_loss_fn(config, self.model, self.schedule),
+            optimizer=self.optimizer,
+            learning_rate=learning_rate,
+            ema_decay=config.optimizer.ema_decay,
+            ema_start=config.optimizer.ema_start,
+            prepare=data.gather if on_device else lambda batch: batch,
+        )
+
+    def abstract_batch(self, num_images: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes, dtypes and shardings of a batch as it is sent; ``num_images`` are resident with placement=device."""
+        size, shape = self.config.train.batch_size, experiment.image_shape(self.config)
+        labelled = bool(self.config.model.num_classes)
+        spread, whole = training.batch_sharding(self.mesh), training.replicated(self.mesh)
+        if self.config.data.placement == "host":
+            batch = {"image": jax.ShapeDtypeStruct((size, *shape), np.uint8, sharding=spread)}
+            return batch | ({"label": jax.ShapeDtypeStruct((size,), np.int32, sharding=spread)} if labelled else {})
+        batch = {
+            "index": jax.ShapeDtypeStruct((size,), np.int32, sharding=spread),
+            "flip": jax.ShapeDtypeStruct((size,), np.bool_, sharding=spread),
+            "images": jax.ShapeDtypeStruct((num_images, *shape), np.uint8, sharding=whole),
+        }
+        return batch | ({"labels": jax.ShapeDtypeStruct((num_images,), np.int32, sharding=whole)} if labelled else {})
+
+
+def _load_images(config: Config) -> data.ImageSet:
+    settings = config.data
+    image_set = data.load(
+        settings.source,
+        image_size=settings.image_size,
+        channels=settings.channels,
+        split=settings.split,
+        data_dir=settings.data_dir,
+    )
+    num_classes = config.model.num_classes
+    if not num_classes:
+        return image_set._replace(labels=None)
+    if image_set.labels is None:
+        raise ConfigError(f"config.model.num_classes={num_classes}: config.data.source={settings.source!r} has no labels; use 0")
+    if image_set.labels.min() < 0 or image_set.labels.max() >= num_classes:
+        raise ConfigError(
+            f"config.model.num_classes={num_classes}: the labels of config.data.source={settings.source!r} go from "
+            f"{image_set.labels.min()} to {image_set.labels.max()}; use {image_set.labels.max() + 1}"
+        )
+    return image_set
+
+
+def _batches(config: Config, mesh: Mesh, image_set: data.ImageSet, first_step: int) -> Any:
+    """Batches on the devices, from step ``first_step`` on."""
+    order = {
+        "seed": config.seed,
+        "batch_size": config.train.batch_size,
+        "first_step": first_step,
+        "random_flip": config.data.random_flip,
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+    }
+    sharding = training.batch_sharding(mesh)
+    if config.data.placement == "device":
+        resident = data.put_images(image_set, training.replicated(mesh))
+        return data.device_batches(data.index_batches(len(image_set.images), **order), sharding, resident)
+    use_tensorflow = data.needs_tensorflow(config.data.source)
+    return data.device_batches(data.batches(image_set, use_tensorflow=use_tensorflow, **order), sharding)
+
+
+def _restore_or_init(setup: _Setup, checkpoints: Any) -> TrainState:
+    try:
+        state = training.restore_latest(checkpoints, setup.abstract_state)
+    except ValueError as error:
+        raise RunError(str(error)) from None
+    if state is None:
+        return training.init_state(setup.init_fn, setup.optimizer, setup.mesh, setup.key)
+    if jax.process_index() == 0:
+        print(f"continues at step {int(state.step)} of {setup.config.train.num_steps}", file=sys.stderr)
+    return state
+
+
+def _write_samples(
+    setup: _Setup, state: TrainState, workdir: str, writer: training.MetricsWriter, missing_only: bool = False
+) -> None:
+    """samples/step_<n>.png: as many pictures of the raw weights, above the same from their average; the noise never changes."""
+    step = int(state.step)
+    path = epath.Path(workdir) / "samples" / f"step_{step:08d}.png"
+    if missing_only and path.exists():
+        return
+    config = setup.config
+    halves = []
+    for params in (state.params, state.ema_params):
+        denoise_fn = experiment.make_denoise_fn(config, setup.model, params)
+        halves.append(
+            generate.draw(
+                config, setup.schedule, denoise_fn, setup.mesh, num_images=config.train.num_samples, seed=config.seed
+            )
+        )
+    if jax.process_index() == 0:
+        columns = 2 ** math.ceil(math.log2(math.sqrt(2 * config.train.num_samples)))
+        picture = np.concatenate([images.grid(half, columns=columns) for half in halves])
+        images.save_png(path, picture)
+        writer.image(step, "samples", picture)
+        if step == config.train.num_steps:
+            print(f"samples (raw above EMA weights): {path}", file=sys.stderr)
+
+
+def _divergence(workdir: str, step: int) -> str:
+    return (
+        f"the loss or its gradient was not finite in the last {MAX_SKIPPED_IN_A_ROW} steps, up to {step}; {workdir} holds "
+        "the last good parameters: lower config.optimizer.learning_rate or look at config.dtype and the data"
+    )
+
+
+class _Log:
+    """Fetches each step's metrics while the next one computes, and writes a line an interval."""
+
+    def __init__(self, config: Config, writer: training.MetricsWriter, first_step: int):
+        self.settings, self.writer = config.train, writer
+        self.skipped_in_a_row = 0
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._steps: list[dict[str, np.ndarray]] = []
+        self._since, self._pause = time.monotonic(), 0.0
+        self._bar = progress(
+            self.settings.num_steps, "training", "step", initial=first_step, disable=jax.process_index() != 0
+        )
+
+    def __enter__(self) -> "_Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._collect()
+        self._bar.close()
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Takes the metrics of a step that has just been dispatched; fetches those of the one before."""
+        if self._pending is None and not self._steps:
+            self._since = time.monotonic()  # the first step has been compiled by now
+        self._collect()
+        self._pending = (step, metrics)
+        if step == self.settings.num_steps:
+            self._collect()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent in here does not count as training."""
+        self._collect()
+        start = time.monotonic()
+        yield
+        self._pause += time.monotonic() - start
+
+    def _collect(self) -> None:
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        self._steps.append(jax.device_get(metrics))
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if self._steps[-1]["skipped"] else 0
+        if step % self.settings.log_every == 0 or step == self.settings.num_steps:
+            self._write(step)
+        self._bar.update(1)
+
+    def _write(self, step: int) -> None:
+        seconds = time.monotonic() - self._since - self._pause
+        rate = len(self._steps) * self.settings.batch_size / seconds
+        line = training.summarize(self._steps, rate)
+        self.writer.write(step, line)
+        self._bar.set_postfix_str(f"loss {line['loss']:.4f}, {rate:.0f} images/s", refresh=False)
+        self._steps, self._since, self._pause = [], time.monotonic(), 0.0
+
+
+@dataclasses.dataclass
+class _Stop:
+    """Which signal asked the run to stop."""
+
+    exit_code: int = 0
+
+    def is_set(self) -> bool:
+        return self.exit_code != 0
+
+
+@contextlib.contextmanager
+def _stop_signal() -> Iterator[_Stop]:
+    """Turns the first SIGTERM or Ctrl-C into a request; a second Ctrl-C interrupts at once.
+
+    Not beside ``jax.distributed``, whose own notifier a handler would replace, nor outside the main thread.
+    """
+    stop = _Stop()
+    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def request(number: int, _: object) -> None:
+        stop.exit_code = EXIT_SIGTERM if number == signal.SIGTERM else EXIT_SIGINT
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def dry_run(config: Config) -> None:
+    """Prints the config, the parameters, the mesh and the memory of the compiled step. Opens no data set."""
+    config_lib.validate(config)
+    mesh = experiment.make_mesh(config)
+    setup = _Setup(config, mesh)
+    print(json.dumps(config_lib.to_dict(config), indent=2))
+    _print_parameters(setup.abstract_state.params)
+    print(f"\nmesh: {dict(mesh.shape)} of {mesh.size} {mesh.devices.flat[0].device_kind} device(s)")
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    compiled = setup.train_step.lower(setup.abstract_state, setup.abstract_batch(), key).compile()
+    memory = compiled.memory_analysis()
+    state_bytes = sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(setup.abstract_state)
+    )
+    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    peak += memory.temp_size_in_bytes
+    for name, size in (("state", state_bytes), ("temporaries", memory.temp_size_in_bytes), ("peak", peak)):
+        print(f"memory a device, {name}: {size / 2**20:,.1f} MiB")
+    if config.data.placement == "device":
+        print(f"  and {math.prod(experiment.image_shape(config)):,} bytes for each image of the data set")
+
+
+def _print_parameters(params: Any) -> None:
+    sizes: dict[str, int] = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        sizes[path[0].key] = sizes.get(path[0].key, 0) + math.prod(x.shape)
+    width = max(map(len, sizes))
+    print("\nparameters")
+    for name, size in sizes.items():
+        print(f"  {name:<{width}}  {size:>12,}")
+    print(f"  {'total':<{width}}  {sum(sizes.values()):>12,}")
+
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Path to a config file, such as configs/flowers.py.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; runs/<name of the config> where left out.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print config, parameters, mesh and memory, and stop.")
+
+
+def main() -> None:
+    """The program."""
+    config = program.loaded_config(_CONFIG)
+    if _DRY_RUN.value:
+        return dry_run(config)
+    name = program.config_name(flags.FLAGS["config"].config_filename)
+    train(config, _WORKDIR.value or os.path.join("runs", name))
+    return None
+
+
+if __name__ == "__main__":
+    program.run(main)

@@ -1,0 +1,32 @@
+"""The train step and what surrounds it: state, optimizer, mesh, checkpoints, metrics."""
+
+from ddpm_jax.training.checkpoint import open_checkpoints, restore_latest, save
+from ddpm_jax.training.mesh import batch_sharding, make_mesh, replicated
+from ddpm_jax.training.metrics import MetricsWriter, summarize
+from ddpm_jax.training.optimizer import LearningRate, make_learning_rate, make_optimizer
+from ddpm_jax.training.state import Params, TrainState, abstract_state, init_state, new_state
+from ddpm_jax.training.step import Batch, LossFn, Metrics, make_train_step, train_step
+
+__all__ = [
+    "Batch",
+    "LearningRate",
+    "LossFn",
+    "Metrics",
+    "MetricsWriter",
+    "Params",
+    "TrainState",
+    "abstract_state",
+    "batch_sharding",
+    "init_state",
+    "make_learning_rate",
+    "make_mesh",
+    "make_optimizer",
+    "make_train_step",
+    "new_state",
+    "open_checkpoints",
+    "replicated",
+    "restore_latest",
+    "save",
+    "summarize",
+    "train_step",
+]
