@@ -1,6 +1,14 @@
 """Handwritten digits on a CPU."""
 
-from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, OptimizerConfig, SamplingConfig, TrainConfig
+from ddpm_jax.config import (
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    TrainConfig,
+)
 
 
 def get_config() -> Config:

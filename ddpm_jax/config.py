@@ -112,7 +112,7 @@ class Config:
     """One experiment."""
 
     seed: int = 0
-    dtype: str = "float32"  # of convolutions and matrix products; bfloat16 on accelerators
+    dtype: str = "auto"  # of convolutions and matrix products: float32, bfloat16, or auto: bfloat16 on accelerators
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = dataclasses.field(default_factory=DiffusionConfig)
@@ -123,7 +123,7 @@ class Config:
 
 
 _CHOICES = {
-    "dtype": ("float32", "bfloat16"),
+    "dtype": ("auto", "float32", "bfloat16"),
     "data.channels": (1, 3),
     "data.placement": ("host", "device"),
     "model.kind": ("unet",),
@@ -138,16 +138,34 @@ _CHOICES = {
     "sampling.spacing": diffusion.SPACINGS,
     "sampling.variance": diffusion.VARIANCES,
 }
-_POSITIVE = (
-    "data.image_size model.base_channels model.num_res_blocks diffusion.num_timesteps optimizer.learning_rate "
-    "train.batch_size train.num_steps train.log_every train.checkpoint_every train.sample_every train.num_samples "
-    "train.keep_last train.accumulate sampling.num_steps mesh.fsdp"
-).split()
-_NOT_NEGATIVE = (
-    "seed model.num_classes optimizer.warmup_steps optimizer.weight_decay optimizer.grad_clip_norm optimizer.ema_start "
-    "train.keep_every sampling.guidance"
-).split()
-_SHARES = "model.dropout model.label_dropout optimizer.ema_decay".split()  # in [0, 1)
+_POSITIVE = [
+    "data.image_size",
+    "model.base_channels",
+    "model.num_res_blocks",
+    "diffusion.num_timesteps",
+    "optimizer.learning_rate",
+    "train.batch_size",
+    "train.num_steps",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.sample_every",
+    "train.num_samples",
+    "train.keep_last",
+    "train.accumulate",
+    "sampling.num_steps",
+    "mesh.fsdp",
+]
+_NOT_NEGATIVE = [
+    "seed",
+    "model.num_classes",
+    "optimizer.warmup_steps",
+    "optimizer.weight_decay",
+    "optimizer.grad_clip_norm",
+    "optimizer.ema_start",
+    "train.keep_every",
+    "sampling.guidance",
+]
+_SHARES = ["model.dropout", "model.label_dropout", "optimizer.ema_decay"]  # in [0, 1)
 
 
 def get(config: Config, field: str) -> Any:
@@ -223,8 +241,8 @@ def _check_network(config: Config) -> None:
         )
     if config.sampling.guidance != 1 and not (model.num_classes and model.label_dropout):
         raise ConfigError(
-            f"config.sampling.guidance={config.sampling.guidance}: needs a network trained with config.model.num_classes "
-            "and config.model.label_dropout > 0; use 1"
+            f"config.sampling.guidance={config.sampling.guidance}: needs a network trained with "
+            "config.model.num_classes and config.model.label_dropout > 0; use 1"
         )
 
 
@@ -292,13 +310,11 @@ def from_dict(values: dict[str, Any]) -> Config:
 
 def differences(a: Config, b: Config, fields: list[str]) -> list[str]:
     """One line for each of the fields in which two configs differ: "model.dropout: 0.1 != 0.0"."""
-    return [
-        f"{field}: {get(a, field)!r} != {get(b, field)!r}" for field in fields if get(a, field) != get(b, field)
-    ]
+    return [f"{field}: {get(a, field)!r} != {get(b, field)!r}" for field in fields if get(a, field) != get(b, field)]
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in values.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat

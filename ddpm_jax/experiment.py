@@ -50,7 +50,7 @@ def make_model(config: Config) -> models.UNet:
     settings = config.model
     width = settings.base_channels * max(settings.channel_mults)
     try:
-        models.check_attention(settings.attention, width, config.dtype, jax.default_backend())
+        models.check_attention(settings.attention, width, compute_dtype(config), jax.default_backend())
     except ValueError as error:
         raise ConfigError(f"config.{error}") from None
     return models.UNet(
@@ -63,8 +63,14 @@ def make_model(config: Config) -> models.UNet:
         num_classes=settings.num_classes,
         attention=settings.attention,
         remat=config.train.remat,
-        dtype=jnp.dtype(config.dtype),
+        dtype=compute_dtype(config),
     )
+
+
+def compute_dtype(config: Config) -> jnp.dtype:
+    """What ``config.dtype`` means here; a CPU has no fast bfloat16."""
+    auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(auto if config.dtype == "auto" else config.dtype)
 
 
 def make_init_fn(config: Config, model: nn.Module) -> Callable[[jax.Array], training.Params]:
@@ -99,7 +105,7 @@ def make_loss_fn(config: Config, model: nn.Module, schedule: diffusion.Schedule)
         if config.model.num_classes:
             label = jnp.where(unlabelled, config.model.num_classes, batch["label"])
         dropout_key = jax.random.fold_in(keys[0], num_timesteps)
-        output = model.apply({"params": params}, x_t, t, label, train=True, rngs={"dropout": dropout_key})
+        output: Any = model.apply({"params": params}, x_t, t, label, train=True, rngs={"dropout": dropout_key})
         target = diffusion.target(settings.prediction, schedule, x0, eps, t)
         losses = diffusion.loss(settings.loss, output, target)
         losses *= diffusion.weight(settings.loss_weight, settings.prediction, schedule, t)
@@ -215,9 +221,10 @@ def load(workdir: str, weights: str = "ema", step: int | None = None) -> Run:
             listed = f"its checkpoints are {', '.join(map(str, steps))}" if steps else "it has no checkpoint yet"
             raise RunError(f"{workdir}: no checkpoint{'' if step is None else f' of step {step}'}; {listed}")
         try:
-            state = training.restore_latest(checkpoints, abstract, steps=[step] if step is not None else None)
+            state = training.restore_latest(checkpoints, abstract, steps=steps if step is None else [step])
         except ValueError as error:
             raise RunError(str(error)) from None
+    assert state is not None  # there are steps to choose from
     params = state.ema_params if weights == "ema" else state.params
     return Run(config, make_schedule(config), make_denoise_fn(config, model, params), params)
 

@@ -28,8 +28,8 @@ def draw(
 ) -> np.ndarray:
     """Images 0 .. num_images - 1 of a seed, uint8 [N H W C].
 
-    Image i starts from noise of its own and meets noise of its own, so it depends on (seed, i) alone, and not on how many
-    are drawn, in which batches, or on how many devices.
+    Image i starts from noise of its own and meets noise of its own, so it depends on (seed, i) alone, and not on how
+    many are drawn, in which batches, or on how many devices.
 
     Args:
       config: what was trained, and how to sample it (``sampling``).

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from absl import app, flags, logging
+from ml_collections import config_flags
 
 from ddpm_jax.config import Config, ConfigError, field_names, nearest_field, validate
 
@@ -14,8 +15,8 @@ from ddpm_jax.config import Config, ConfigError, field_names, nearest_field, val
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Parses the flags and runs ``main``; its value is the exit status.
 
-    A mistake of the user's (a flag, a config, the data, the workdir) ends in one line on stderr and status 2 or 1, never in
-    a traceback; anything else is a bug and shows where it is.
+    A mistake of the user's (a flag, a config, the data, the workdir) ends in one line on stderr and status 2 or 1,
+    never in a traceback; anything else is a bug and shows where it is.
     """
     warnings.showwarning = _show_warning
     logging.set_verbosity(logging.ERROR)  # Orbax logs a dozen lines a checkpoint
@@ -44,7 +45,16 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         if rest[1:]:
             raise ConfigError(f"{rest[1]}: not a flag; flags begin with --")
         return rest
-    except (flags.Error, ConfigError, OSError, ValueError, TypeError, AttributeError, SyntaxError, ImportError) as error:
+    except (
+        flags.Error,
+        ConfigError,
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        SyntaxError,
+        ImportError,
+    ) as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         print(f"error: {first_line} (--help lists the flags)", file=sys.stderr)
         sys.exit(2)
@@ -74,7 +84,7 @@ def loaded_config(holder: flags.FlagHolder[Config]) -> Config:
     try:
         config = holder.value
     except OSError:
-        path = flags.FLAGS[holder.name].config_filename
+        path = config_flags.get_config_filename(flags.FLAGS[holder.name])
         raise ConfigError(f"--{holder.name}={path}: there is no such file") from None
     if config is None:
         raise ConfigError(f"--{holder.name} is missing; for example --{holder.name} configs/digits.py")
@@ -83,5 +93,5 @@ def loaded_config(holder: flags.FlagHolder[Config]) -> Config:
 
 
 def config_name(path: str) -> str:
-    """"configs/flowers.py" or "configs/flowers.py:argument" -> "flowers"."""
+    """ "configs/flowers.py" or "configs/flowers.py:argument" -> "flowers"."""
     return os.path.splitext(os.path.basename(path.partition(":")[0]))[0]

@@ -1,5 +1,6 @@
-"""Trains a run: ``python -m ddpm_jax.train --config configs/flowers.py [--workdir W] [--dry_run] [--config.<field>=…]``.
+"""Trains a run: ``python -m ddpm_jax.train --config configs/flowers.py [--workdir W] [--dry_run]``.
 
+``--config.<field>=value`` overrides any field of the config.
 The same command continues a run where it stopped. SIGTERM and Ctrl-C save first, and exit with 75 and 130.
 """
 
@@ -23,7 +24,7 @@ from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import data, diffusion, experiment, generate, images, program, training
+from ddpm_jax import data, experiment, generate, images, program, training
 from ddpm_jax.config import Config, ConfigError
 from ddpm_jax.experiment import RunError
 from ddpm_jax.progress import progress
@@ -85,7 +86,7 @@ def train(config: Config, workdir: str) -> TrainState:
 
 
 class _Setup:
-    """What a config makes, before any data is read: network, schedule, optimizer, and the compiled step over the mesh."""
+    """What a config makes before any data is read: network, schedule, optimizer, and the jitted step over the mesh."""
 
     def __init__(self, config: Config, mesh: Mesh):
         self.config, self.mesh = config, mesh
@@ -138,7 +139,9 @@ def _load_images(config: Config) -> data.ImageSet:
     if not num_classes:
         return image_set._replace(labels=None)
     if image_set.labels is None:
-        raise ConfigError(f"config.model.num_classes={num_classes}: config.data.source={settings.source!r} has no labels; use 0")
+        raise ConfigError(
+            f"config.model.num_classes={num_classes}: config.data.source={settings.source!r} has no labels; use 0"
+        )
     if image_set.labels.min() < 0 or image_set.labels.max() >= num_classes:
         raise ConfigError(
             f"config.model.num_classes={num_classes}: the labels of config.data.source={settings.source!r} go from "
@@ -180,7 +183,7 @@ def _restore_or_init(setup: _Setup, checkpoints: Any) -> TrainState:
 def _write_samples(
     setup: _Setup, state: TrainState, workdir: str, writer: training.MetricsWriter, missing_only: bool = False
 ) -> None:
-    """samples/step_<n>.png: as many pictures of the raw weights, above the same from their average; the noise never changes."""
+    """samples/step_<n>.png: pictures from the raw weights above those from their average; the noise never changes."""
     step = int(state.step)
     path = epath.Path(workdir) / "samples" / f"step_{step:08d}.png"
     if missing_only and path.exists():
@@ -205,8 +208,8 @@ def _write_samples(
 
 def _divergence(workdir: str, step: int) -> str:
     return (
-        f"the loss or its gradient was not finite in the last {MAX_SKIPPED_IN_A_ROW} steps, up to {step}; {workdir} holds "
-        "the last good parameters: lower config.optimizer.learning_rate or look at config.dtype and the data"
+        f"the loss or its gradient was not finite in the last {MAX_SKIPPED_IN_A_ROW} steps, up to {step}; {workdir} "
+        "holds the last good parameters: lower config.optimizer.learning_rate or look at config.dtype and the data"
     )
 
 
@@ -308,6 +311,7 @@ def dry_run(config: Config) -> None:
     print(json.dumps(config_lib.to_dict(config), indent=2))
     _print_parameters(setup.abstract_state.params)
     print(f"\nmesh: {dict(mesh.shape)} of {mesh.size} {mesh.devices.flat[0].device_kind} device(s)")
+    print(f"dtype: {experiment.compute_dtype(config).name}")
     key = jax.eval_shape(lambda: jax.random.key(0))
     compiled = setup.train_step.lower(setup.abstract_state, setup.abstract_batch(), key).compile()
     memory = compiled.memory_analysis()
@@ -343,7 +347,7 @@ def main() -> None:
     config = program.loaded_config(_CONFIG)
     if _DRY_RUN.value:
         return dry_run(config)
-    name = program.config_name(flags.FLAGS["config"].config_filename)
+    name = program.config_name(config_flags.get_config_filename(flags.FLAGS["config"]))
     train(config, _WORKDIR.value or os.path.join("runs", name))
     return None
 

@@ -2,9 +2,9 @@
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -13,7 +13,9 @@ from ddpm_jax.data.image_set import DataError, ImageSet
 from ddpm_jax.data.order import batch_indices
 
 Batch = dict[str, np.ndarray]
+_T = TypeVar("_T")
 _AHEAD = 4  # batches prepared before they are asked for
+_CHUNK = 256  # steps whose order tf.data gets at once
 
 # (step) -> (indices int64 [b], flips bool [b]) of this process
 _Order = Callable[[int], tuple[np.ndarray, np.ndarray]]
@@ -29,10 +31,10 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
     use_tensorflow: bool = False,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Serve the batches of steps first_step, first_step + 1, … without end, prepared a few ahead.
 
-    Both servers, tf.data and NumPy, serve the same bytes. Close the iterator, or drop it, to stop its threads.
+    Both servers, tf.data and NumPy, serve the same bytes. Close it, or drop it, to stop its thread.
 
     Args:
         image_set: uint8 images [N H W C] and labels; read in place, so do not write to it meanwhile.
@@ -45,7 +47,7 @@ def batches(
         use_tensorflow: serve through tf.data, otherwise by a NumPy thread, which imports no TensorFlow.
 
     Returns:
-        Iterator over dict(image=uint8 [b H W C], label=int32 [b]), b = batch_size / process_count, C-contiguous;
+        Generator of dict(image=uint8 [b H W C], label=int32 [b]), b = batch_size / process_count, C-contiguous;
         `label` is absent where the set has none.
 
     Raises:
@@ -96,27 +98,17 @@ def _order(
     return order
 
 
-def _serve_with_numpy(image_set: ImageSet, order: _Order, first_step: int) -> Iterator[Batch]:
+def _serve_with_numpy(image_set: ImageSet, order: _Order, first_step: int) -> Generator[Batch, None, None]:
     def make(step: int) -> Batch:
         indices, flips = order(step)
         images = np.take(image_set.images, indices, axis=0)
         images[flips] = images[flips][:, :, ::-1]
         return {"image": images} if image_set.labels is None else {"image": images, "label": image_set.labels[indices]}
 
-    # Futures instead of a thread that loops: nothing runs on when the consumer stops, and errors come with `result`.
-    pool = ThreadPoolExecutor(1, "batches")
-    steps = itertools.count(first_step)
-    try:
-        pending: deque[Future[Batch]] = deque(pool.submit(make, next(steps)) for _ in range(_AHEAD))
-        while True:
-            batch = pending.popleft().result()
-            pending.append(pool.submit(make, next(steps)))
-            yield batch
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    return _ahead(make, itertools.count(first_step), _AHEAD)
 
 
-def _serve_with_tensorflow(image_set: ImageSet, order: _Order, first_step: int) -> Iterator[Batch]:
+def _serve_with_tensorflow(image_set: ImageSet, order: _Order, first_step: int) -> Generator[Batch, None, None]:
     tf = import_tensorflow()
     tensors = {"image": as_tensor(image_set.images)}
     if image_set.labels is not None:
@@ -127,7 +119,27 @@ def _serve_with_tensorflow(image_set: ImageSet, order: _Order, first_step: int) 
         mirrored = tf.reverse(batch["image"], axis=[2])
         return batch | {"image": tf.where(flips[:, None, None, None], mirrored, batch["image"])}
 
-    spec = (tf.TensorSpec((None,), tf.int64), tf.TensorSpec((None,), tf.bool))
-    dataset = tf.data.Dataset.from_generator(lambda: map(order, itertools.count(first_step)), output_signature=spec)
-    dataset = dataset.map(gather, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(_AHEAD)
-    yield from dataset.as_numpy_iterator()
+    # The order goes in as a table, many steps at a time: a Python generator inside tf.data hangs programs that exit.
+    def make(start: int) -> Iterator[Batch]:
+        orders = [order(step) for step in range(start, start + _CHUNK)]
+        table = tuple(np.stack(column) for column in zip(*orders, strict=True))
+        dataset = tf.data.Dataset.from_tensor_slices(table)
+        dataset = dataset.map(gather, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        return dataset.prefetch(_AHEAD).as_numpy_iterator()
+
+    for chunk in _ahead(make, itertools.count(first_step, _CHUNK), 1):
+        yield from chunk
+
+
+def _ahead(make: Callable[[int], _T], arguments: Iterator[int], count: int) -> Generator[_T, None, None]:
+    """Map `make` over endless arguments, in one background thread that keeps `count` results ready.
+
+    There is no thread that loops, so nothing runs on when the consumer stops: the pool ends with the generator that
+    owns it, or with the program. Errors of `make` come out where the result is asked for.
+    """
+    pool = ThreadPoolExecutor(1, "batches")
+    pending: deque[Future[_T]] = deque(pool.submit(make, next(arguments)) for _ in range(count))
+    while True:
+        result = pending.popleft().result()
+        pending.append(pool.submit(make, next(arguments)))
+        yield result

@@ -44,7 +44,7 @@ def put_images(image_set: ImageSet, sharding: jax.sharding.NamedSharding) -> dic
 
 
 def gather(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Inside a jitted step: {images [N H W C], index [B], flip [B]} -> the {image [B H W C]} that the host would serve."""
+    """Inside a jitted step: {images [N H W C], index [B], flip [B]} -> {image [B H W C]}, as the host serves it."""
     images = batch["images"][batch["index"]]
     examples = {"image": jnp.where(batch["flip"][:, None, None, None], images[:, :, ::-1], images)}
     if "labels" in batch:

@@ -8,7 +8,14 @@ from ddpm_jax.diffusion.guidance import guided
 from ddpm_jax.diffusion.losses import LOSSES, WEIGHTS, loss, target, weight
 from ddpm_jax.diffusion.process import PREDICTIONS, eps_from, posterior, q_sample, v_from, x0_from
 from ddpm_jax.diffusion.samplers import METHODS, VARIANCES, Trajectory, ddim_step, ddpm_step, sample
-from ddpm_jax.diffusion.schedule import SCHEDULES, Schedule, ScheduleWarning, make_schedule, schedule_betas, schedule_from_betas
+from ddpm_jax.diffusion.schedule import (
+    SCHEDULES,
+    Schedule,
+    ScheduleWarning,
+    make_schedule,
+    schedule_betas,
+    schedule_from_betas,
+)
 from ddpm_jax.diffusion.spacing import SPACINGS, timestep_plan
 
 __all__ = [

@@ -26,7 +26,7 @@ def posterior(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """q(x_prev | x_t, x0) for any t_prev < t  (Ho et al. 2020, eq. 6-7, with beta = 1 - alpha_bar_t / alpha_bar_prev).
 
-    mean = sqrt(alpha_bar_prev) beta / (1 - alpha_bar_t) x0 + sqrt(1 - beta) (1 - alpha_bar_prev) / (1 - alpha_bar_t) x_t
+    mean = (sqrt(alpha_bar_prev) beta x0 + sqrt(1 - beta) (1 - alpha_bar_prev) x_t) / (1 - alpha_bar_t)
     variance = (1 - alpha_bar_prev) / (1 - alpha_bar_t) beta
 
     Args:
@@ -43,8 +43,7 @@ def posterior(
     now, prev = rates(schedule, t, x_t), rates(schedule, t_prev, x_t)
     beta = beta_between(now, prev)
     mean = (
-        prev.signal * beta / now.noise_level * x0
-        + now.signal / prev.signal * prev.noise_level / now.noise_level * x_t
+        prev.signal * beta / now.noise_level * x0 + now.signal / prev.signal * prev.noise_level / now.noise_level * x_t
     )
     variance = prev.noise_level / now.noise_level * beta
     levels = schedule.noise_levels

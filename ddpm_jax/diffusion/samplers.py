@@ -112,8 +112,8 @@ def sample(
 ) -> Any:
     """Runs a chain from x_T to x0 inside one compiled ``lax.scan``.
 
-    The function is jitted itself. It compiles anew for another ``denoise_fn``, shape, number of steps or choice by name,
-    and not for other weights, schedules, timesteps, keys, eta or clip bounds, which are arguments of the program.
+    The function is jitted itself. It compiles anew for another ``denoise_fn``, shape, number of steps or choice by
+    name, and not for other weights, schedules, timesteps, keys, eta or clip bounds: they are arguments of the program.
 
     Args:
       denoise_fn: ``denoise_fn(x_t, t)``, [B H W C] float32 and int32 [B] -> [B H W C], called once a step. A plain
@@ -269,7 +269,8 @@ def _checked_plan(
     if bad.size:
         i = bad[0]
         raise ValueError(
-            f"plan: step {i} goes from t = {t[i]} to t_prev = {t_prev[i]}; needs 0 <= t < {num_timesteps} and -1 <= t_prev < t"
+            f"plan: step {i} goes from t = {t[i]} to t_prev = {t_prev[i]}; "
+            f"needs 0 <= t < {num_timesteps} and -1 <= t_prev < t"
         )
     return t.astype(np.int32), t_prev.astype(np.int32)
 

@@ -140,9 +140,7 @@ def beta_between(now: Rates, prev: Rates) -> jax.Array:
 
     The difference is taken between whichever of the two tables is small there, where float32 is finest.
     """
-    difference = jnp.where(
-        now.alpha_bar > 0.5, now.noise_level - prev.noise_level, prev.alpha_bar - now.alpha_bar
-    )
+    difference = jnp.where(now.alpha_bar > 0.5, now.noise_level - prev.noise_level, prev.alpha_bar - now.alpha_bar)
     return difference / prev.alpha_bar
 
 

@@ -1,4 +1,4 @@
-"""The U-Net of Ho et al. 2020 (appendix B): residual blocks, attention at some resolutions, skips, time and class embedding."""
+"""The U-Net of Ho et al. 2020 (appendix B): residual blocks, attention, skips, time and class embedding."""
 
 import functools
 import math
@@ -52,9 +52,7 @@ class UNet(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(
-        self, x_t: jax.Array, t: jax.Array, label: jax.Array | None = None, train: bool = False
-    ) -> jax.Array:
+    def __call__(self, x_t: jax.Array, t: jax.Array, label: jax.Array | None = None, train: bool = False) -> jax.Array:
         """The network's prediction, float32 [B H W C].
 
         Args:
@@ -150,7 +148,7 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Self-attention over the pixels, one head, scale C^-1/2; the projection starts at zero."""
 
-    implementation: str
+    implementation: Any  # "xla" or "cudnn"
     dtype: Any
 
     @nn.compact
@@ -161,7 +159,7 @@ class AttentionBlock(nn.Module):
         dense = functools.partial(nn.Dense, channels, dtype=self.dtype)
         query, key, value = (dense(kernel_init=default_init, name=name)(h) for name in ("query", "key", "value"))
         # Logits and softmax are float32 inside, whatever the dtype of the operands.
-        h = jax.nn.dot_product_attention(query, key, value, implementation=self.implementation)  # type: ignore[arg-type]
+        h = jax.nn.dot_product_attention(query, key, value, implementation=self.implementation)
         h = dense(kernel_init=zero_init, name="projection")(h)
         return x + h.reshape(x.shape)
 
@@ -208,7 +206,7 @@ def check_attention(implementation: str, head_width: int, dtype: Any, platform: 
         raise ValueError(f"model.attention='cudnn': {problem}; use 'xla'")
 
 
-def _with_remat(block: Any, remat: str, static_argnums: Sequence[int] = ()) -> Any:
+def _with_remat(block: Any, remat: str, static_argnums: tuple[int, ...] = ()) -> Any:
     if remat not in REMATS:
         raise ValueError(f"train.remat={remat!r}: choose one of {', '.join(REMATS)}")
     if remat == "none":

@@ -22,7 +22,9 @@ def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
             raise ValueError(f"mesh.fsdp={fsdp}: does not divide the {len(devices)} devices")
         data = len(devices) // fsdp
     if data < 1 or data * fsdp > len(devices):
-        raise ValueError(f"mesh.data={data}, mesh.fsdp={fsdp}: need {data * fsdp} devices, and there are {len(devices)}")
+        raise ValueError(
+            f"mesh.data={data}, mesh.fsdp={fsdp}: need {data * fsdp} devices, and there are {len(devices)}"
+        )
     # Auto: with Explicit axes, the default, Linen's Dropout fails.
     return jax.make_mesh((data, fsdp), ("data", "fsdp"), (AxisType.Auto,) * 2, devices=devices[: data * fsdp])
 

@@ -56,7 +56,9 @@ def train_step(
     """
     batch = prepare(batch)
     num_examples = jax.tree.leaves(batch)[0].shape[0]
-    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(key, state.step)))(jnp.arange(num_examples))
+    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(key, state.step)))(
+        jnp.arange(num_examples)
+    )
     loss, sums, grads = _gradient(loss_fn, state.params, batch, keys, split)
 
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -74,7 +76,7 @@ def train_step(
         (state.params, state.ema_params, state.opt_state),
     )
     skipped = 1 - finite.astype(jnp.int32)
-    new_state = TrainState(state.step + 1, *kept, state.skipped_steps + skipped)
+    new_state = TrainState(state.step + 1, kept[0], kept[1], kept[2], state.skipped_steps + skipped)
     metrics = sums | {
         "loss": loss,
         "grad_norm": grad_norm,
@@ -86,7 +88,12 @@ def train_step(
 
 
 def make_train_step(
-    mesh: Mesh, state_shardings: TrainState, batch_shardings: dict[str, NamedSharding], *, accumulate: int = 1, **options: Any
+    mesh: Mesh,
+    state_shardings: TrainState,
+    batch_shardings: dict[str, NamedSharding],
+    *,
+    accumulate: int = 1,
+    **options: Any,
 ) -> Any:
     """``train_step`` jitted over a mesh, the state donated: ``step(state, batch, key) -> (state, metrics)``.
 

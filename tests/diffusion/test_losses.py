@@ -40,6 +40,18 @@ def test_gradient_by_finite_differences(kind):
     np.testing.assert_allclose(gradient, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("prediction", diffusion.PREDICTIONS)
+def test_target_is_what_the_conversions_turn_into_x0(prediction):
+    schedule, t = diffusion.make_schedule("linear"), jnp.array([3, 200, 500, 800])
+    x0, eps = (jax.random.normal(jax.random.key(i), (4, 3, 3, 1)) for i in range(2))
+    target = diffusion.target(prediction, schedule, x0, eps, t)
+    ab = alpha_bars64("linear", 1000)[np.asarray(t)].reshape(-1, 1, 1, 1)
+    expected = {"eps": eps, "x0": x0, "v": np.sqrt(ab) * eps - np.sqrt(1 - ab) * x0}[prediction]
+    np.testing.assert_allclose(target, expected, rtol=1e-5, atol=1e-6)
+    x_t = diffusion.q_sample(schedule, x0, t, eps)
+    np.testing.assert_allclose(diffusion.x0_from(prediction, schedule, target, x_t, t), x0, atol=1e-5)
+
+
 def test_huber_is_quadratic_within_one_and_linear_beyond():
     d = jnp.array([[0.0], [0.5], [1.0], [-1.0], [3.0], [-1000.0]])
     np.testing.assert_allclose(diffusion.loss("huber", d, 0 * d), [0, 0.125, 0.5, 0.5, 2.5, 999.5], rtol=1e-6)
@@ -84,7 +96,7 @@ def test_weights_follow_their_formula_at_every_t(name, prediction):
 
 @pytest.mark.parametrize("prediction", diffusion.PREDICTIONS)
 def test_min_snr_weighs_the_same_x0_error_whatever_is_predicted(prediction):
-    """weight times squared error of the output = min(SNR, 5) times squared error of x0: the weights fit the conversions."""
+    """weight x squared error of the output = min(SNR, 5) x squared error of x0: the weights fit the conversions."""
     schedule, t = diffusion.make_schedule("cosine"), jnp.array([20, 200, 500, 800])
     x_t, output, error = (jax.random.normal(jax.random.key(i), (4, 3, 3, 1)) for i in range(3))
     x0, x0_off = (diffusion.x0_from(prediction, schedule, o, x_t, t) for o in (output, output + error))

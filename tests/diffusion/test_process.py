@@ -11,7 +11,19 @@ from scipy import stats
 from ddpm_jax import diffusion
 
 CONVERT = {"x0": diffusion.x0_from, "eps": diffusion.eps_from, "v": diffusion.v_from}
-STEPS = [(0, -1), (1, 0), (2, 1), (500, 499), (999, 998), (999, -1), (500, -1), (999, 0), (700, 3), (300, 250), (999, 900)]
+STEPS = [
+    (0, -1),
+    (1, 0),
+    (2, 1),
+    (500, 499),
+    (999, 998),
+    (999, -1),
+    (500, -1),
+    (999, 0),
+    (700, 3),
+    (300, 250),
+    (999, 900),
+]
 
 
 def images(seed, shape=(5, 2, 3, 2)):
@@ -133,7 +145,9 @@ def test_conversions_there_and_back(start, middle):
     np.testing.assert_allclose(back, output, atol=2e-5)
     for end, convert in CONVERT.items():  # by way of the middle, or straight
         straight = convert(start, schedule, output, x_t, t)
-        np.testing.assert_allclose(convert(middle, schedule, there, x_t, t), straight, rtol=1e-4, atol=1e-4, err_msg=end)
+        np.testing.assert_allclose(
+            convert(middle, schedule, there, x_t, t), straight, rtol=1e-4, atol=1e-4, err_msg=end
+        )
 
 
 def test_conversions_take_one_t_and_refuse_an_unknown_prediction():

@@ -44,7 +44,9 @@ def test_each_formula_in_python_integers_and_floats(T, S):
     assert quiet_plan(T, S, "trailing")[0].tolist() == [rounded(T * S - i * T, S) - 1 for i in range(S)]
     assert quiet_plan(T, S, "linspace")[0].tolist() == [rounded(i * (T - 1), S - 1) for i in range(S)][::-1]
     steps = []
-    for i in range(S):  # floor((i sqrt(.8 T) / (S - 1))^2) = floor(.8 T i^2 / (S - 1)^2), each moved past the one before
+    for i in range(
+        S
+    ):  # floor((i sqrt(.8 T) / (S - 1))^2) = floor(.8 T i^2 / (S - 1)^2), each moved past the one before
         steps.append(max(8 * T * i * i // (10 * (S - 1) ** 2), steps[-1] + 1 if steps else 0))
     assert quiet_plan(T, S, "quadratic")[0].tolist() == steps[::-1]
 
