@@ -9,7 +9,15 @@ Expected (theirs): FID 3.17 against the training set with 50,000 samples of DDPM
 steps a second. Not measured here: no accelerator was at hand.
 """
 
-from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, OptimizerConfig, SamplingConfig, TrainConfig
+from ddpm_jax.config import (
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    TrainConfig,
+)
 
 
 def get_config() -> Config:

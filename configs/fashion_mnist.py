@@ -8,7 +8,15 @@ mirrored: all shoes in the set point the same way.
 Expected: garments that a person names at once. Not measured here at full length.
 """
 
-from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, OptimizerConfig, SamplingConfig, TrainConfig
+from ddpm_jax.config import (
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    TrainConfig,
+)
 
 
 def get_config() -> Config:

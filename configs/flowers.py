@@ -17,7 +17,15 @@ Expected: flowers of all kinds, sharp at 64x64, few-step DDIM included. Not meas
 accelerator was at hand); the README shows a narrow network after an hour on two CPU cores.
 """
 
-from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, OptimizerConfig, SamplingConfig, TrainConfig
+from ddpm_jax.config import (
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    TrainConfig,
+)
 
 
 def get_config() -> Config:

@@ -296,7 +296,7 @@ def from_dict(values: dict[str, Any]) -> Config:
     """The inverse of ``to_dict``, also after JSON made lists of the tuples; a missing field takes its default.
 
     Raises:
-      ConfigError: a field that does not exist, with the nearest one that does.
+        ConfigError: a field that does not exist, with the nearest one that does.
     """
     config = Config()
     for field, value in _flat(values).items():

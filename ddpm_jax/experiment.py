@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -73,7 +72,7 @@ def compute_dtype(config: Config) -> jnp.dtype:
     return jnp.dtype(auto if config.dtype == "auto" else config.dtype)
 
 
-def make_init_fn(config: Config, model: nn.Module) -> Callable[[jax.Array], training.Params]:
+def make_init_fn(config: Config, model: models.UNet) -> Callable[[jax.Array], training.Params]:
     """``init_fn(key) -> params``."""
 
     def init_fn(key: jax.Array) -> training.Params:
@@ -83,7 +82,7 @@ def make_init_fn(config: Config, model: nn.Module) -> Callable[[jax.Array], trai
     return init_fn
 
 
-def make_loss_fn(config: Config, model: nn.Module, schedule: diffusion.Schedule) -> training.LossFn:
+def make_loss_fn(config: Config, model: models.UNet, schedule: diffusion.Schedule) -> training.LossFn:
     """``loss_fn(params, batch, keys) -> (loss, sums)`` of a batch of uint8 images, one key an example.
 
     The sums are those of the loss and of the number of examples in each quarter of the range of t, [4] each.
@@ -115,16 +114,15 @@ def make_loss_fn(config: Config, model: nn.Module, schedule: diffusion.Schedule)
     return loss_fn
 
 
-def make_denoise_fn(config: Config, model: nn.Module, params: training.Params) -> Partial:
+def make_denoise_fn(model: models.UNet, params: training.Params) -> Partial:
     """``denoise_fn(x_t, t, label=None)``, the network with its parameters; no label is the null label."""
-    del config  # the same for every config today; what wraps a network for its input belongs here
     return Partial(_Apply(model), params)
 
 
 class _Apply(NamedTuple):
     """``model.apply`` without its dictionary: hashable by value, so that equal networks share compiled samplers."""
 
-    model: nn.Module
+    model: models.UNet
 
     def __call__(
         self, params: training.Params, x_t: jax.Array, t: jax.Array, label: jax.Array | None = None
@@ -199,12 +197,12 @@ def load(workdir: str, weights: str = "ema", step: int | None = None) -> Run:
     """A run from its workdir, on one device or on all: parameters are replicated over the devices there are.
 
     Args:
-      workdir: of a training run.
-      weights: "ema" or "raw".
-      step: of the checkpoint; None is the newest that can be read.
+        workdir: of a training run.
+        weights: "ema" or "raw".
+        step: of the checkpoint; None is the newest that can be read.
 
     Raises:
-      RunError: no run, no such checkpoint, or none that can be read.
+        RunError: no run, no such checkpoint, or none that can be read.
     """
     if weights not in ("ema", "raw"):
         raise RunError(f"--weights={weights}: choose ema or raw")
@@ -226,7 +224,7 @@ def load(workdir: str, weights: str = "ema", step: int | None = None) -> Run:
             raise RunError(str(error)) from None
     assert state is not None  # there are steps to choose from
     params = state.ema_params if weights == "ema" else state.params
-    return Run(config, make_schedule(config), make_denoise_fn(config, model, params), params)
+    return Run(config, make_schedule(config), make_denoise_fn(model, params), params)
 
 
 def read_config(workdir: str) -> Config | None:

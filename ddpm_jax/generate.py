@@ -32,15 +32,15 @@ def draw(
     many are drawn, in which batches, or on how many devices.
 
     Args:
-      config: what was trained, and how to sample it (``sampling``).
-      schedule: the noise schedule.
-      denoise_fn: ``denoise_fn(x_t, t[, label])``.
-      mesh: the devices to spread each batch over.
-      num_images: N.
-      seed: of the pictures.
-      batch_size: images at a time, rounded up to a multiple of the devices; None is all of them.
-      label: the class of all; None cycles through the classes where the network has any.
-      on_step: see ``diffusion.sample``; called ``num_batches * sampling.num_steps`` times.
+        config: what was trained, and how to sample it (``sampling``).
+        schedule: the noise schedule.
+        denoise_fn: ``denoise_fn(x_t, t[, label])``.
+        mesh: the devices to spread each batch over.
+        num_images: N.
+        seed: of the pictures.
+        batch_size: images at a time, rounded up to a multiple of the devices; None is all of them.
+        label: the class of all; None cycles through the classes where the network has any.
+        on_step: see ``diffusion.sample``; called ``num_batches * sampling.num_steps`` times.
     """
     options = experiment.sampling_options(config) | {"on_step": on_step}
     parts = []

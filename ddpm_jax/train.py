@@ -39,9 +39,9 @@ def train(config: Config, workdir: str) -> TrainState:
     """Trains until step ``config.train.num_steps``, from the newest checkpoint in ``workdir`` where there is one.
 
     Raises:
-      ConfigError, data.DataError, RunError: the config, the data or the workdir cannot be used; nothing was written.
-      RunError: 20 steps in a row were not finite.
-      SystemExit: SIGTERM (75) or Ctrl-C (130) came; the state was saved first.
+        ConfigError, data.DataError, RunError: the config, the data or the workdir cannot be used; nothing was written.
+        RunError: 20 steps in a row were not finite.
+        SystemExit: SIGTERM (75) or Ctrl-C (130) came; the state was saved first.
     """
     config_lib.validate(config)
     experiment.check_workdir(workdir, config)
@@ -191,7 +191,7 @@ def _write_samples(
     config = setup.config
     halves = []
     for params in (state.params, state.ema_params):
-        denoise_fn = experiment.make_denoise_fn(config, setup.model, params)
+        denoise_fn = experiment.make_denoise_fn(setup.model, params)
         halves.append(
             generate.draw(
                 config, setup.schedule, denoise_fn, setup.mesh, num_images=config.train.num_samples, seed=config.seed

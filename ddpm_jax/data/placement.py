@@ -17,9 +17,9 @@ def device_batches(
     """Sends each process's share of every batch to its devices, one batch ahead of its use.
 
     Args:
-      batches: this process's shares, from ``batches`` or ``index_batches``.
-      sharding: of the first axis of the global batch.
-      resident: arrays that lie on the devices already and join every batch, see ``put_images``.
+        batches: this process's shares, from ``batches`` or ``index_batches``.
+        sharding: of the first axis of the global batch.
+        resident: arrays that lie on the devices already and join every batch, see ``put_images``.
     """
 
     def send(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:

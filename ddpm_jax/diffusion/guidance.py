@@ -12,10 +12,10 @@ def guided(denoise_fn: Partial, label: jax.Array, null_label: int, guidance: flo
     (1 + w') out_label - w' out_null: their w' is w - 1. Both halves go through one batched network call.
 
     Args:
-      denoise_fn: ``denoise_fn(x_t, t, label)``.
-      label: int32 [B], the classes wanted.
-      null_label: the label that stands for none.
-      guidance: w >= 0; an argument of the compiled sampler, not a constant in it.
+        denoise_fn: ``denoise_fn(x_t, t, label)``.
+        label: int32 [B], the classes wanted.
+        null_label: the label that stands for none.
+        guidance: w >= 0; an argument of the compiled sampler, not a constant in it.
     """
     return Partial(_guided, denoise_fn, label, jnp.full_like(label, null_label), jnp.asarray(guidance, jnp.float32))
 

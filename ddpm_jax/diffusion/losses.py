@@ -16,12 +16,12 @@ def loss(kind: str, prediction: jax.Array, target: jax.Array) -> jax.Array:
     l1: |d|;  l2: d^2 (Ho et al. 2020, eq. 14);  huber: d^2 / 2 where |d| <= 1, |d| - 1/2 elsewhere.
 
     Args:
-      kind: "l1", "l2" or "huber".
-      prediction: network output [B ...].
-      target: eps, x0 or v, shaped as prediction.
+        kind: "l1", "l2" or "huber".
+        prediction: network output [B ...].
+        target: eps, x0 or v, shaped as prediction.
 
     Raises:
-      ValueError: an unknown kind, or shapes that differ (which would broadcast silently).
+        ValueError: an unknown kind, or shapes that differ (which would broadcast silently).
     """
     if kind not in _DISTANCES:
         raise ValueError(f"diffusion.loss={kind!r}: choose one of {', '.join(_DISTANCES)}")
@@ -35,11 +35,11 @@ def target(prediction: str, schedule: Schedule, x0: jax.Array, eps: jax.Array, t
     """What a network that predicts ``prediction`` should answer: eps, x0, or v = sqrt(ab) eps - sqrt(1 - ab) x0.
 
     Args:
-      prediction: "eps", "x0" or "v" (Salimans & Ho 2022, section 4).
-      schedule: the noise schedule.
-      x0: clean images [B ...].
-      eps: the noise in x_t, shaped as x0.
-      t: int32 [B].
+        prediction: "eps", "x0" or "v" (Salimans & Ho 2022, section 4).
+        schedule: the noise schedule.
+        x0: clean images [B ...].
+        eps: the noise in x_t, shaped as x0.
+        t: int32 [B].
     """
     if prediction == "v":
         now = rates(schedule, t, x0)
@@ -55,10 +55,10 @@ def weight(kind: str, prediction: str, schedule: Schedule, t: jax.Array) -> jax.
     on the error of eps that is w / SNR, on that of v w / (SNR + 1).
 
     Args:
-      kind: "uniform" or "min_snr".
-      prediction: what the network predicts, "eps", "x0" or "v".
-      schedule: the noise schedule.
-      t: int32 [B].
+        kind: "uniform" or "min_snr".
+        prediction: what the network predicts, "eps", "x0" or "v".
+        schedule: the noise schedule.
+        t: int32 [B].
     """
     if kind not in WEIGHTS:
         raise ValueError(f"diffusion.loss_weight={kind!r}: choose one of {', '.join(WEIGHTS)}")

@@ -12,10 +12,10 @@ def q_sample(schedule: Schedule, x0: jax.Array, t: jax.Array, eps: jax.Array) ->
     """x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps  (Ho et al. 2020, eq. 4).
 
     Args:
-      schedule: the noise schedule.
-      x0: clean images [B ...].
-      t: int32 [] or [B], 0 .. T-1.
-      eps: standard normal noise, shaped as x0.
+        schedule: the noise schedule.
+        x0: clean images [B ...].
+        t: int32 [] or [B], 0 .. T-1.
+        eps: standard normal noise, shaped as x0.
     """
     now = rates(schedule, t, x0)
     return now.signal * x0 + now.noise * eps
@@ -30,15 +30,15 @@ def posterior(
     variance = (1 - alpha_bar_prev) / (1 - alpha_bar_t) beta
 
     Args:
-      schedule: the noise schedule.
-      x0: clean images [B ...].
-      x_t: noisy images, shaped as x0.
-      t: int32 [] or [B], 0 .. T-1.
-      t_prev: int32 like t, -1 .. t-1; -1 is clean data, where the variance is 0.
+        schedule: the noise schedule.
+        x0: clean images [B ...].
+        x_t: noisy images, shaped as x0.
+        t: int32 [] or [B], 0 .. T-1.
+        t_prev: int32 like t, -1 .. t-1; -1 is clean data, where the variance is 0.
 
     Returns:
-      (mean [B ...], variance, log_variance); the last two broadcast against x0. log_variance is finite: where the
-      variance is 0 it is that of the step 1 -> 0, as in Ho's code (-9.82 for the linear schedule at T = 1000).
+        (mean [B ...], variance, log_variance); the last two broadcast against x0. log_variance is finite: where the
+        variance is 0 it is that of the step 1 -> 0, as in Ho's code (-9.82 for the linear schedule at T = 1000).
     """
     now, prev = rates(schedule, t, x_t), rates(schedule, t_prev, x_t)
     beta = beta_between(now, prev)
@@ -58,11 +58,11 @@ def x0_from(prediction: str, schedule: Schedule, output: jax.Array, x_t: jax.Arr
     v:   sqrt(alpha_bar) x_t - sqrt(1 - alpha_bar) v  (Salimans & Ho 2022, appendix D)
 
     Args:
-      prediction: what ``output`` is.
-      schedule: the noise schedule.
-      output: [B ...].
-      x_t: noisy images, shaped as output.
-      t: int32 [] or [B], 0 .. T-1.
+        prediction: what ``output`` is.
+        schedule: the noise schedule.
+        output: [B ...].
+        x_t: noisy images, shaped as output.
+        t: int32 [] or [B], 0 .. T-1.
     """
     now = rates(schedule, t, x_t)
     if prediction == "x0":

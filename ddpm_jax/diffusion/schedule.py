@@ -77,10 +77,10 @@ def make_schedule(
     alpha_bar_T where it is; the cosine schedules need no such thing and ignore the three beta arguments.
 
     Raises:
-      ValueError: unknown name, num_timesteps < 1, or a beta outside (0, 1).
+        ValueError: unknown name, num_timesteps < 1, or a beta outside (0, 1).
 
     Warns:
-      ScheduleWarning: sqrt(alpha_bar_T) > 0.03: the chain does not end in the noise that sampling starts from.
+        ScheduleWarning: sqrt(alpha_bar_T) > 0.03: the chain does not end in the noise that sampling starts from.
     """
     return schedule_from_betas(
         schedule_betas(

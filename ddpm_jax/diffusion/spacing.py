@@ -23,14 +23,14 @@ def timestep_plan(num_timesteps: int, num_steps: int, spacing: str) -> tuple[np.
     to the next free step, so that there are always exactly S distinct ones.
 
     Returns:
-      (t, t_prev), int32 [S], strictly decreasing; t_prev[i] = t[i + 1] and the last t_prev is -1, clean data.
+        (t, t_prev), int32 [S], strictly decreasing; t_prev[i] = t[i + 1] and the last t_prev is -1, clean data.
 
     Raises:
-      ValueError: unknown spacing, num_steps outside 1 .. T, or one step with a spacing that would start it near
-        clean data.
+        ValueError: unknown spacing, num_steps outside 1 .. T, or one step with a spacing that would start it near
+          clean data.
 
     Warns:
-      ScheduleWarning: ``leading`` starts below 0.9 T although sampling starts from pure noise.
+        ScheduleWarning: ``leading`` starts below 0.9 T although sampling starts from pure noise.
     """
     if spacing not in _SPACINGS:
         raise ValueError(f"sampling.spacing={spacing!r}: choose one of {', '.join(_SPACINGS)}")

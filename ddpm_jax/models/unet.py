@@ -27,17 +27,17 @@ class UNet(nn.Module):
     float32.
 
     Attributes:
-      out_channels: channels of the output, which are those of the image.
-      base_channels: width of the first level; that of level i is ``base_channels * channel_mults[i]``.
-      channel_mults: one factor a level; each level but the last halves the image.
-      num_res_blocks: residual blocks a level on the way down; one more on the way up.
-      attention_resolutions: heights of the levels whose blocks are followed by attention. The middle always has it.
-      dropout: rate, before the second convolution of each block.
-      num_classes: 0 for an unconditional network. Label ``num_classes`` stands for "no label".
-      attention: "xla" or "cudnn", the implementation of ``jax.nn.dot_product_attention``.
-      remat: what the backward pass computes again: "none", "blocks" (all but the blocks' inputs) or "dots" (all but the
-        outputs of convolutions and matrix products).
-      dtype: of the computation.
+        out_channels: channels of the output, which are those of the image.
+        base_channels: width of the first level; that of level i is ``base_channels * channel_mults[i]``.
+        channel_mults: one factor a level; each level but the last halves the image.
+        num_res_blocks: residual blocks a level on the way down; one more on the way up.
+        attention_resolutions: heights of the levels whose blocks are followed by attention. The middle always has it.
+        dropout: rate, before the second convolution of each block.
+        num_classes: 0 for an unconditional network. Label ``num_classes`` stands for "no label".
+        attention: "xla" or "cudnn", the implementation of ``jax.nn.dot_product_attention``.
+        remat: what the backward pass computes again: "none", "blocks" (all but the blocks' inputs) or "dots" (all but the
+          outputs of convolutions and matrix products).
+        dtype: of the computation.
     """
 
     out_channels: int
@@ -56,10 +56,10 @@ class UNet(nn.Module):
         """The network's prediction, float32 [B H W C].
 
         Args:
-          x_t: noisy images [B H W C], H and W divisible by 2^(levels - 1), square or not.
-          t: int32 [B].
-          label: int32 [B], 0 .. num_classes; None means "no label". Refused where num_classes is 0.
-          train: whether dropout is on; it then needs an rng named "dropout".
+            x_t: noisy images [B H W C], H and W divisible by 2^(levels - 1), square or not.
+            t: int32 [B].
+            label: int32 [B], 0 .. num_classes; None means "no label". Refused where num_classes is 0.
+            train: whether dropout is on; it then needs an rng named "dropout".
         """
         self._check(x_t, label)
         # `train` is argument 3 of a residual block, the module itself being 0.
@@ -170,8 +170,8 @@ def timestep_embedding(t: jax.Array, dim: int) -> jax.Array:
     The convention of Ho et al.'s code and of the checkpoints made with it; Vaswani et al. 2017 interleave the two.
 
     Args:
-      t: int32 or float32 [B], in units of timesteps.
-      dim: at least 4.
+        t: int32 or float32 [B], in units of timesteps.
+        dim: at least 4.
     """
     half = dim // 2
     angles = t.astype(jnp.float32)[:, None] * jnp.exp(-math.log(10000.0) / (half - 1) * jnp.arange(half))

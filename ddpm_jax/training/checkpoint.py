@@ -20,10 +20,10 @@ def open_checkpoints(
     """The checkpoints of a run, ``<workdir>/checkpoints/<step>``.
 
     Args:
-      workdir: local, or any path that etils knows, such as gs://.
-      keep_last: the newest ones to keep.
-      keep_every: also keep every step that this divides; 0 is none.
-      read_only: nothing is written, cleaned up or moved, so that a run in progress is not disturbed.
+        workdir: local, or any path that etils knows, such as gs://.
+        keep_last: the newest ones to keep.
+        keep_every: also keep every step that this divides; 0 is none.
+        read_only: nothing is written, cleaned up or moved, so that a run in progress is not disturbed.
     """
     policies: list[Any] = [ocp.checkpoint_managers.LatestN(keep_last)]
     if keep_every:
@@ -56,12 +56,12 @@ def restore_latest(
     ``damaged_checkpoints/``, because Orbax refuses to save a step below one that it sees.
 
     Args:
-      checkpoints: from ``open_checkpoints``.
-      abstract_state: shapes, dtypes and shardings.
-      steps: those to choose from; None is all.
+        checkpoints: from ``open_checkpoints``.
+        abstract_state: shapes, dtypes and shardings.
+        steps: those to choose from; None is all.
 
     Raises:
-      ValueError: there are checkpoints and none can be read; nothing is moved then.
+        ValueError: there are checkpoints and none can be read; nothing is moved then.
     """
     damaged: list[tuple[int, str]] = []
     for step in sorted(checkpoints.all_steps() if steps is None else steps, reverse=True):

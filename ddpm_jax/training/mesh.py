@@ -14,7 +14,7 @@ def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
     """A ("data", "fsdp") mesh of the first data * fsdp devices; data = -1 takes all there are.
 
     Raises:
-      ValueError: the devices do not suffice, or fsdp does not divide them.
+        ValueError: the devices do not suffice, or fsdp does not divide them.
     """
     devices = jax.devices()
     if data == -1:

@@ -48,10 +48,10 @@ def init_state(
     """A new state, computed where it will lie: no device ever holds more than its share.
 
     Args:
-      init_fn: ``init_fn(key) -> params``.
-      optimizer: the optimizer.
-      mesh: ("data", "fsdp").
-      key: of the initial parameters.
+        init_fn: ``init_fn(key) -> params``.
+        optimizer: the optimizer.
+        mesh: ("data", "fsdp").
+        key: of the initial parameters.
     """
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(init_fn, optimizer, mesh))
     init = jax.jit(

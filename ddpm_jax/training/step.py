@@ -39,20 +39,20 @@ def train_step(
     ``skipped_steps``: the next one meets another batch and other noise.
 
     Args:
-      state: donated, where this is jitted by ``make_train_step``.
-      batch: arrays [B ...].
-      key: one key for the whole run; the step's own is ``fold_in(key, state.step)``.
-      loss_fn: ``(params, batch, keys [B]) -> (loss [], sums)``, with one key an example.
-      optimizer: optax.
-      learning_rate: of the optimizer, for the metrics.
-      ema_decay: in [0, 1).
-      ema_start: in steps.
-      prepare: what turns a batch as it was sent into examples, inside the program.
-      split: cuts the examples into micro-batches [A B/A ...]; None takes them in one piece.
+        state: donated, where this is jitted by ``make_train_step``.
+        batch: arrays [B ...].
+        key: one key for the whole run; the step's own is ``fold_in(key, state.step)``.
+        loss_fn: ``(params, batch, keys [B]) -> (loss [], sums)``, with one key an example.
+        optimizer: optax.
+        learning_rate: of the optimizer, for the metrics.
+        ema_decay: in [0, 1).
+        ema_start: in steps.
+        prepare: what turns a batch as it was sent into examples, inside the program.
+        split: cuts the examples into micro-batches [A B/A ...]; None takes them in one piece.
 
     Returns:
-      (state, metrics): the sums of loss_fn, loss, grad_norm (before clipping), learning_rate, skipped (0 or 1),
-      skipped_steps.
+        (state, metrics): the sums of loss_fn, loss, grad_norm (before clipping), learning_rate, skipped (0 or 1),
+        skipped_steps.
     """
     batch = prepare(batch)
     num_examples = jax.tree.leaves(batch)[0].shape[0]
@@ -98,11 +98,11 @@ def make_train_step(
     """``train_step`` jitted over a mesh, the state donated: ``step(state, batch, key) -> (state, metrics)``.
 
     Args:
-      mesh: ("data", "fsdp").
-      state_shardings: of the state, in and out.
-      batch_shardings: of each array of a batch as it is sent.
-      accumulate: micro-batches a step; the mean of their gradients is that of the undivided batch.
-      options: of ``train_step``.
+        mesh: ("data", "fsdp").
+        state_shardings: of the state, in and out.
+        batch_shardings: of each array of a batch as it is sent.
+        accumulate: micro-batches a step; the mean of their gradients is that of the undivided batch.
+        options: of ``train_step``.
     """
     split = None if accumulate == 1 else functools.partial(_micro_batches, mesh=mesh, accumulate=accumulate)
     return jax.jit(

@@ -1,0 +1,476 @@
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax.models import UNet, check_attention
+from ddpm_jax.models.unet import AttentionBlock, ResBlock, conv, group_norm, timestep_embedding
+
+TINY = {"out_channels": 3, "base_channels": 8, "channel_mults": (1, 2), "num_res_blocks": 1, "attention_resolutions": ()}
+SHAPE = (2, 8, 8, 3)
+
+
+@functools.cache
+def initialised(shape=SHAPE, **options):
+    model = UNet(**{**TINY, "out_channels": shape[-1], **options})
+    t = jnp.zeros(shape[:1], jnp.int32)
+    return model, jax.jit(model.init)(jax.random.key(0), jnp.zeros(shape), t)["params"]
+
+
+def shapes_of(model, shape=SHAPE):
+    x_t, t = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape[:1], jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), x_t, t)["params"]
+
+
+def shaken(params, scale=0.2):
+    """Parameters with nothing left at zero, as after some training."""
+    leaves, structure = jax.tree.flatten(params)
+    rng = np.random.default_rng(1)
+    return structure.unflatten([p + scale * rng.normal(size=p.shape).astype(np.float32) for p in leaves])
+
+
+def inputs(shape=SHAPE):
+    return jax.random.normal(jax.random.key(1), shape), jnp.arange(shape[0]) * 300 + 7
+
+
+def forward(model, params, *args, **options):
+    return jax.jit(functools.partial(model.apply, **options))({"params": params}, *args)
+
+
+def named(params):
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in jax.tree.leaves_with_path(params)}
+
+
+def equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for sub in jax.core.jaxprs_in_params(equation.params):
+            yield from equations(sub)
+
+
+# The shape of the network
+
+
+def test_the_cifar10_network_has_the_parameters_of_ho_et_al():  # 35.7 M there; exact: google/ddpm-cifar10-32
+    params = shapes_of(UNet(out_channels=3), (1, 32, 32, 3))
+    assert sum(math.prod(x.shape) for x in jax.tree.leaves(params)) == 35_746_307
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
+
+
+@pytest.mark.parametrize(
+    ("resolutions", "shape", "attended"),
+    [
+        pytest.param((), (1, 16, 16, 3), [], id="none"),
+        pytest.param((8,), (1, 16, 16, 3), [1], id="second level"),
+        pytest.param((16, 4), (1, 16, 16, 3), [0, 2], id="two levels"),
+        pytest.param((8,), (1, 8, 16, 3), [0], id="the height counts"),
+        pytest.param((8,), (1, 16, 8, 3), [1], id="and not the width"),
+        pytest.param((5,), (1, 16, 16, 3), [], id="no such level"),
+    ],
+)
+def test_attention_at_the_listed_heights_and_always_in_the_middle(resolutions, shape, attended):
+    options = {"channel_mults": (1, 2, 2), "num_res_blocks": 2, "attention_resolutions": resolutions}
+    found = {name for name in shapes_of(UNet(**TINY | options), shape) if "attention" in name}
+    down = {f"down_{level}_attention_{i}" for level in attended for i in range(2)}
+    up = {f"up_{level}_attention_{i}" for level in attended for i in range(3)}
+    assert found == down | up | {"middle_attention"}
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 8, 8, 1), (2, 8, 8, 3), (1, 8, 12, 3), (1, 6, 2, 1)], ids=lambda shape: "x".join(map(str, shape))
+)
+def test_the_output_is_a_float32_image_and_zero_at_the_start(shape):
+    model, params = initialised(shape)
+    output = forward(model, params, *inputs(shape))
+    assert output.dtype == jnp.float32
+    np.testing.assert_array_equal(output, np.zeros(shape))
+    assert jnp.abs(forward(model, shaken(params), *inputs(shape))).max() > 0.1
+
+
+@pytest.mark.parametrize(("height", "width"), [(6, 8), (8, 6), (7, 7), (2, 2)])
+def test_a_size_that_cannot_be_halved_is_refused(height, width):
+    model = UNet(**TINY | {"channel_mults": (1, 1, 1)})
+    with pytest.raises(ValueError, match=rf"^data\.image_size: {height}x{width} must be divisible by 4.*halves.* 2 "):
+        shapes_of(model, (1, height, width, 3))
+
+
+def test_what_starts_at_zero():
+    _, params = initialised(attention_resolutions=(4,), num_classes=2)
+    kernels = {name: x for name, x in named(params).items() if name.endswith("kernel")}
+    zero = {name for name, x in kernels.items() if not np.any(x)}
+    ends = {name for name in kernels if name.endswith(("conv_1/kernel", "projection/kernel"))} | {"conv_out/kernel"}
+    assert zero == ends
+    assert len(zero) == 6 + 2 + 2 + 2  # blocks of the two levels, of the middle, and attention; with the last convolution
+    others = {name: x for name, x in named(params).items() if not name.endswith(("kernel", "embedding"))}
+    assert all((x == name.endswith("scale")).all() for name, x in others.items())  # norms are the identity, biases 0
+
+
+def test_kernels_start_glorot_uniform():
+    kernel = conv(64, dtype=jnp.float32, name="c").init(jax.random.key(0), jnp.zeros((1, 4, 4, 32)))["params"]["kernel"]
+    bound = math.sqrt(6 / (9 * 32 + 9 * 64))
+    assert 0.999 * bound < jnp.abs(kernel).max() <= bound
+    np.testing.assert_allclose(kernel.std(), bound / math.sqrt(3), rtol=0.02)
+
+
+def test_the_padding_of_a_strided_convolution_lies_at_the_bottom_and_on_the_right():
+    x = jnp.arange(1.0, 65.0).reshape(1, 8, 8, 1)
+    down = conv(1, strides=2, dtype=jnp.float32, name="down")
+    for row, column in np.ndindex(3, 3):
+        kernel = np.zeros((3, 3, 1, 1), np.float32)
+        kernel[row, column] = 1
+        found = down.apply({"params": {"kernel": kernel, "bias": np.zeros(1)}}, x)
+        expected = np.pad(x[0, :, :, 0], ((0, 2), (0, 2)))[row : row + 8 : 2, column : column + 8 : 2]
+        np.testing.assert_array_equal(found[0, :, :, 0], expected)
+
+
+def test_group_norm_against_float64():
+    x = np.asarray(jax.random.normal(jax.random.key(0), (2, 4, 6, 48))) * 2 + 0.5
+    found = group_norm(jnp.asarray(x), jnp.float32, None).init_with_output(jax.random.key(0), x)[0]
+    groups = x.astype(np.float64).reshape(2, 24, 16, 3)  # gcd(32, 48) = 16 groups of 3 channels
+    mean, variance = (f(groups, axis=(1, 3), keepdims=True) for f in (np.mean, np.var))
+    np.testing.assert_allclose(found, ((groups - mean) / np.sqrt(variance + 1e-6)).reshape(x.shape), atol=1e-5)
+
+
+def test_group_norm_epsilon_is_that_of_ho_et_al():
+    x = np.tile(np.array([-1e-3, 1e-3], np.float32), (1, 2, 2, 1))[..., [0, 0, 1]]
+    x = x[..., None].repeat(2, -1).reshape(1, 2, 2, 6)[..., [0, 2]]  # two groups... of one channel each: constant
+    x[:, 0] *= -1  # each channel is +-1e-3: variance 1e-6, so the epsilon of 1e-6 halves it
+    found = group_norm(jnp.asarray(x), jnp.float32, None).init_with_output(jax.random.key(0), x)[0]
+    np.testing.assert_allclose(np.abs(found), math.sqrt(0.5), rtol=1e-3)
+
+
+# Time and class
+
+
+@pytest.mark.parametrize("dim", [4, 8, 9, 128])
+def test_timestep_embedding_against_float64(dim):
+    t = np.array([0, 1, 2, 499, 500, 999])
+    half = dim // 2
+    angles = t[:, None] * 10000.0 ** (-np.arange(half) / (half - 1))
+    expected = np.concatenate([np.sin(angles), np.cos(angles), np.zeros((6, dim % 2))], axis=1)
+    found = timestep_embedding(jnp.asarray(t), dim)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+    np.testing.assert_allclose(found[1, [0, half - 1, half]], [math.sin(1), 1e-4, math.cos(1)], rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_every_timestep_is_another_to_the_network(dtype):  # bfloat16 holds 507 of the first 1000 integers
+    embeddings = np.asarray(timestep_embedding(jnp.arange(1000), 128).astype(dtype).astype(jnp.float32))
+    distances = np.linalg.norm(embeddings[1:] - embeddings[:-1], axis=1)
+    assert distances.min() > 0.5
+
+
+def test_the_output_depends_on_each_example_s_own_time():
+    model, params = initialised()
+    x_t, _ = inputs()
+    one, two = (forward(model, shaken(params), x_t, jnp.array(t)) for t in ([10, 500], [10, 501]))
+    np.testing.assert_array_equal(one[0], two[0])
+    assert jnp.abs(one[1] - two[1]).max() > 1e-4
+
+
+def test_labels():
+    model, params = initialised(num_classes=3)
+    params, run = shaken(params), functools.partial(forward, model)
+    outputs = [run(params, *inputs(), jnp.array([0, label])) for label in range(4)]
+    for i, one in enumerate(outputs):
+        np.testing.assert_array_equal(one[0], outputs[0][0])  # whose label is the same
+        assert all(jnp.abs(one[1] - two[1]).max() > 1e-3 for two in outputs[:i])
+    np.testing.assert_array_equal(run(params, *inputs()), run(params, *inputs(), jnp.array([3, 3])))
+
+
+def test_a_label_needs_classes():
+    model, params = initialised()
+    with pytest.raises(ValueError, match=r"^model\.num_classes=0: .*takes no label"):
+        model.apply({"params": params}, *inputs(), jnp.array([0, 1]))
+
+
+# Dropout
+
+
+def test_dropout_is_active_in_training_only():
+    model, params = initialised(dropout=0.5)
+    params = shaken(params)
+
+    def run(train, seed=None):
+        rngs = {} if seed is None else {"dropout": jax.random.key(seed)}
+        return model.apply({"params": params}, *inputs(), train=train, rngs=rngs)
+
+    np.testing.assert_array_equal(run(False), initialised()[0].apply({"params": params}, *inputs()))
+    np.testing.assert_array_equal(run(True, 0), run(True, 0))
+    assert jnp.abs(run(True, 0) - run(True, 1)).max() > 1e-2
+    assert jnp.abs(run(True, 0) - run(False)).max() > 1e-2
+    with pytest.raises(Exception, match="dropout"):
+        run(True)
+
+
+def test_dropout_comes_right_before_the_second_convolution():
+    rate, channels = 0.25, 16
+    block = ResBlock(channels, rate, jnp.float32)
+    x, embedding = jax.random.normal(jax.random.key(0), (4, 8, 8, channels)), jnp.ones((4, 8))
+    params = shaken(block.init(jax.random.key(0), x, embedding, False)["params"])
+    identity = np.zeros((3, 3, channels, channels), np.float32)
+    identity[1, 1] = np.eye(channels)
+    params["conv_1"] = {"kernel": jnp.asarray(identity), "bias": jnp.zeros(channels)}
+    run = functools.partial(block.apply, {"params": params}, x, embedding)
+    branch = run(False) - x
+    dropped = run(True, rngs={"dropout": jax.random.key(1)}) - x
+    ratio = np.asarray(dropped / branch)[np.abs(branch) > 1e-2]  # through norm or silu it would be neither 0 nor 4/3
+    lost = np.abs(ratio) < 1e-3
+    np.testing.assert_allclose(ratio[~lost], 1 / (1 - rate), rtol=1e-3)
+    assert abs(lost.mean() - rate) < 0.03
+
+
+# bfloat16
+
+
+def test_bfloat16_computes_with_float32_parameters():
+    options = {"attention_resolutions": (4,), "num_classes": 2, "base_channels": 16}
+    model, params = initialised(**options)
+    low, low_params = initialised(dtype=jnp.bfloat16, **options)
+    assert jax.tree.all(jax.tree.map(lambda a, b: a.dtype == jnp.float32 and (a == b).all(), low_params, params))
+    params = shaken(params, 0.1)
+    expected, found = (forward(m, params, *inputs(), jnp.array([0, 1])) for m in (model, low))
+    assert found.dtype == jnp.float32
+    error = jnp.sqrt(jnp.mean((found - expected) ** 2) / jnp.mean(expected**2))
+    assert 1e-4 < error < 0.03  # eight bits, some twenty layers; and it is not float32 after all
+
+
+def test_bfloat16_is_for_products_and_float32_for_statistics():
+    model = UNet(**TINY | {"dtype": jnp.bfloat16, "attention_resolutions": (4,)})
+    jaxpr = jax.make_jaxpr(model.apply)({"params": shapes_of(model)}, *inputs())
+    seen = {}
+    for equation in equations(jaxpr.jaxpr):
+        seen.setdefault(equation.primitive.name, set()).add(str(equation.invars[0].aval.dtype))
+    assert seen["conv_general_dilated"] == seen["dot_general"] == {"bfloat16"}
+    assert seen["reduce_sum"] == seen["exp"] == seen["rsqrt"] == seen["sin"] == {"float32"}
+    assert "float32" not in seen["logistic"]
+
+
+def test_attention_logits_and_softmax_are_float32_in_bfloat16():
+    block = AttentionBlock("xla", jnp.bfloat16)
+    x = jnp.zeros((1, 4, 4, 32), jnp.bfloat16)
+    jaxpr = jax.make_jaxpr(lambda x: block.init_with_output(jax.random.key(0), x)[0])(x)
+    found = list(equations(jaxpr.jaxpr))
+    (logits,) = [e for e in found if e.primitive.name == "dot_general" and e.outvars[0].aval.shape[-2:] == (16, 16)]
+    assert logits.outvars[0].aval.dtype == jnp.float32
+    assert [e.invars[0].aval.dtype for e in found if e.primitive.name == "exp"] == [jnp.float32]
+
+
+def test_attention_in_bfloat16_where_bfloat16_logits_would_be_wrong():
+    # Pixels come in pairs that are nearly alike, with logits near 400, where bfloat16 knows even numbers only. Query, key
+    # and value are scaled identities, so that nothing but logits, softmax and its product rounds.
+    channels, pixels = 64, 16
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(pixels // 2, 1, channels)) + [[[0.0]], [[0.0]]][0][0][0]
+    x = (x + 0.1 * rng.normal(size=(pixels // 2, 2, channels))).reshape(1, 4, 4, channels)
+    x = jnp.asarray(x, jnp.bfloat16)
+    eye, scales = np.eye(channels, dtype=np.float32), {"query": 32.0, "key": 1.0, "value": 1.0, "projection": 1.0}
+    params = {name: {"kernel": scale * eye, "bias": np.zeros(channels)} for name, scale in scales.items()}
+    params["norm"] = {"scale": np.ones(channels), "bias": np.zeros(channels)}
+    block = AttentionBlock("xla", jnp.bfloat16)
+    found = np.asarray(block.apply({"params": params}, x), np.float64)
+
+    h = group_norm(x, jnp.bfloat16, None).apply({"params": params["norm"]}, x)
+    h = np.asarray(h, np.float64).reshape(pixels, channels)
+    logits = 32 * h @ h.T / math.sqrt(channels)
+
+    def attend(logits):
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        return np.asarray(x, np.float64) + (weights / weights.sum(-1, keepdims=True) @ h).reshape(x.shape)
+
+    rounded = np.asarray(jnp.asarray(logits, jnp.bfloat16), np.float64)
+    assert np.abs(attend(rounded) - attend(logits)).max() > 0.1
+    np.testing.assert_allclose(found, attend(logits), atol=0.03, rtol=0.01)
+
+
+def test_attention_is_one_head_over_the_pixels():
+    x = jax.random.normal(jax.random.key(0), (2, 2, 3, 8))
+    block = AttentionBlock("xla", jnp.float32)
+    params = shaken(block.init(jax.random.key(0), x)["params"], 0.5)
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+    h = np.asarray(x, np.float64)
+    groups = h.reshape(2, 6, 8)  # gcd(32, 8) = 8: one channel a group
+    h = (groups - groups.mean(1, keepdims=True)) / np.sqrt(groups.var(1, keepdims=True) + 1e-6)
+    h = h * p["norm"]["scale"] + p["norm"]["bias"]
+    query, key, value = (h @ p[name]["kernel"] + p[name]["bias"] for name in ("query", "key", "value"))
+    weights = np.exp(query @ key.transpose(0, 2, 1) / math.sqrt(8))
+    weights /= weights.sum(-1, keepdims=True)
+    expected = x + ((weights @ value) @ p["projection"]["kernel"] + p["projection"]["bias"]).reshape(x.shape)
+    np.testing.assert_allclose(block.apply({"params": params}, x), expected, rtol=1e-4, atol=1e-5)
+
+
+# Rematerialisation
+
+
+def gradient(remat):
+    options = {"attention_resolutions": (4,), "dropout": 0.3}
+    model, params = initialised(**options)
+    model = model.clone(remat=remat)
+
+    def loss(params):
+        rngs = {"dropout": jax.random.key(2)}
+        return jnp.mean(model.apply({"params": params}, *inputs(), train=True, rngs=rngs) ** 2)
+
+    return jax.value_and_grad(loss), shaken(params)
+
+
+@pytest.mark.parametrize("remat", ["blocks", "dots"])
+def test_remat_changes_neither_loss_nor_gradient(remat):
+    (f, params), (g, _) = gradient("none"), gradient(remat)
+    (loss, grads), (remat_loss, remat_grads) = jax.jit(f)(params), jax.jit(g)(params)
+    np.testing.assert_allclose(remat_loss, loss, rtol=1e-5)
+    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(grads))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * largest), remat_grads, grads)
+
+
+def test_remat_computes_again_what_it_says():
+    def counts(remat):
+        f, params = gradient(remat)
+        names = [equation.primitive.name for equation in equations(jax.make_jaxpr(f)(params).jaxpr)]
+        return {name: names.count(name) for name in ("conv_general_dilated", "dot_general", "logistic")}
+
+    none, blocks, dots = (counts(remat) for remat in ("none", "blocks", "dots"))
+    num_blocks, num_attentions = 2 + 2 + 4, 1 + 1 + 2
+    assert blocks["conv_general_dilated"] - none["conv_general_dilated"] >= num_blocks
+    assert blocks["dot_general"] - none["dot_general"] >= 2 * num_attentions
+    for name in ("conv_general_dilated", "dot_general"):
+        assert dots[name] == none[name]
+    assert dots["logistic"] > none["logistic"]
+
+
+@pytest.mark.parametrize("remat", ["blocks", "dots"])
+def test_remat_keeps_the_names_of_the_parameters(remat):
+    assert jax.tree.structure(initialised()[1]) == jax.tree.structure(shapes_of(UNet(**TINY, remat=remat)))
+
+
+def test_an_unknown_remat_is_refused():
+    with pytest.raises(ValueError, match=r"^train\.remat='all': choose one of none, blocks, dots"):
+        shapes_of(UNet(**TINY, remat="all"))
+
+
+# Attention implementations
+
+
+@pytest.mark.parametrize(
+    ("implementation", "width", "dtype", "platform", "message"),
+    [
+        ("flash", 64, "bfloat16", "gpu", r"^model\.attention='flash': choose one of xla, cudnn$"),
+        ("cudnn", 64, "bfloat16", "cpu", r"^model\.attention='cudnn': .*this is cpu; use 'xla'$"),
+        ("cudnn", 64, "bfloat16", "tpu", "this is tpu"),
+        ("cudnn", 64, "float32", "gpu", "bfloat16, and dtype=float32"),
+        ("cudnn", 60, "bfloat16", "gpu", "width here is 60"),
+        ("cudnn", 512, "bfloat16", "gpu", "width here is 512"),
+    ],
+)
+def test_an_attention_that_cannot_run_is_refused(implementation, width, dtype, platform, message):
+    with pytest.raises(ValueError, match=message):
+        check_attention(implementation, width, dtype, platform)
+
+
+def test_an_attention_that_can_run_is_not():
+    check_attention("xla", 60, "float32", "cpu")
+    check_attention("xla", 1024, jnp.float32, "tpu")
+    check_attention("cudnn", 128, jnp.bfloat16, "gpu")
+    check_attention("cudnn", 256, "bfloat16", "gpu")
+
+
+# Beside diffusers: the same network, written by others
+
+
+def diffusers_network(channels, attended, **options):
+    """``google/ddpm-cifar10-32``'s config, of these widths."""
+    diffusers = pytest.importorskip("diffusers")
+    kinds = ["AttnDownBlock2D" if i in attended else "DownBlock2D" for i in range(len(channels))]
+    return diffusers.UNet2DModel(
+        block_out_channels=channels,
+        down_block_types=kinds,
+        up_block_types=[kind.replace("Down", "Up") for kind in reversed(kinds)],
+        layers_per_block=2,
+        attention_head_dim=None,
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        norm_eps=1e-6,
+        norm_num_groups=32,
+        mid_block_scale_factor=1,
+        act_fn="silu",
+        time_embedding_type="positional",
+        **options,
+    )
+
+
+BLOCK = {
+    "norm_0": "norm1",
+    "conv_0": "conv1",
+    "time_dense": "time_emb_proj",
+    "norm_1": "norm2",
+    "conv_1": "conv2",
+    "shortcut": "conv_shortcut",
+}
+ATTENTION = {"norm": "group_norm", "query": "to_q", "key": "to_k", "value": "to_v", "projection": "to_out.0"}
+OUTER = {
+    "conv_in": "conv_in",
+    "conv_out": "conv_out",
+    "norm_out": "conv_norm_out",
+    "time_dense_0": "time_embedding.linear_1",
+    "time_dense_1": "time_embedding.linear_2",
+}
+
+
+def name_in_diffusers(path, levels):
+    *modules, leaf = path.split("/")
+    leaf = {"kernel": "weight", "scale": "weight", "bias": "bias"}[leaf]
+    if modules[0] in OUTER:
+        return f"{OUTER[modules[0]]}.{leaf}"
+    parts = modules[0].split("_")  # middle_block_0, middle_attention, down_1_block_0, up_0_attention_2, down_0_downsample
+    if parts[0] == "middle":
+        where, kind, index = "mid_block", parts[1], (parts + ["0"])[2]
+    else:
+        level = int(parts[1])
+        where = f"down_blocks.{level}" if parts[0] == "down" else f"up_blocks.{levels - 1 - level}"
+        kind, index = parts[2], (parts + ["0"])[3]
+    if kind in ("downsample", "upsample"):
+        return f"{where}.{kind}rs.0.conv.{leaf}"
+    inner, folder = (BLOCK, "resnets") if kind == "block" else (ATTENTION, "attentions")
+    return f"{where}.{folder}.{index}.{inner[modules[1]]}.{leaf}"
+
+
+def as_torch(x, shape):
+    x = np.asarray(x)
+    if x.ndim > 1:
+        x = x.transpose(3, 2, 0, 1) if x.ndim == 4 else x.T
+    return x.reshape(shape) if math.prod(shape) == x.size and x.ndim == 2 else x  # a 1x1 convolution is a dense layer
+
+
+@pytest.mark.slow
+def test_the_same_network_in_diffusers_gives_the_same_output():
+    torch = pytest.importorskip("torch")
+    theirs = diffusers_network((32, 64, 64), {1}, sample_size=16).eval()
+    shape = (2, 16, 12, 3)
+    options = {"base_channels": 32, "channel_mults": (1, 2, 2), "num_res_blocks": 2, "attention_resolutions": (8,)}
+    ours, params = initialised(shape, **options)
+    params = shaken(params, 0.05)
+    wanted = theirs.state_dict()
+    weights = {name_in_diffusers(path, 3): x for path, x in named(params).items()}
+    assert weights.keys() == wanted.keys()
+    theirs.load_state_dict(
+        {name: torch.tensor(as_torch(x, wanted[name].shape).copy()) for name, x in weights.items()}
+    )
+    x_t, t = inputs(shape)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(np.asarray(x_t)).permute(0, 3, 1, 2), torch.tensor(np.asarray(t))).sample
+    expected = expected.permute(0, 2, 3, 1).numpy()
+    found = forward(ours, params, x_t, t)
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.slow
+def test_google_s_cifar10_network_has_as_many_parameters():
+    torch = pytest.importorskip("torch")
+    with torch.device("meta"):
+        theirs = diffusers_network((128, 256, 256, 256), {1}, sample_size=32)
+    assert sum(p.numel() for p in theirs.parameters()) == 35_746_307
