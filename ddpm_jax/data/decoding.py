@@ -18,7 +18,7 @@ _BATCH = 64  # images handed over at once; the decoding itself is parallel by im
 @functools.cache
 def import_tensorflow() -> Any:
     """Import TensorFlow, quietly and blind to accelerators, whose memory is JAX's."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import tensorflow as tf
 
     for kind in ("GPU", "TPU"):

@@ -4,6 +4,7 @@ Where the data are N(mu, s^2), E[x0 | x_t] is affine in x_t, so that the exact n
 and the mean and standard deviation of what comes out are known in closed form.
 """
 
+import functools
 import math
 
 import jax
@@ -70,13 +71,16 @@ def bayes(alpha_bars, x0, x_t, t, t_prev):
     return (math.sqrt(prev) * x0 / (1 - prev) + math.sqrt(a) * x_t / (1 - a)) / precision, 1 / precision
 
 
+@functools.partial(jax.jit, static_argnums=2)
+def _normal(key, t, shape):
+    return jax.random.normal(jax.random.fold_in(key, t), shape)
+
+
 def noises(key, t, shape):
     """The noise that ``sample`` promises to draw: normal(fold_in(key, t)), float64 [S ...]; key is one or B keys."""
-    if key.ndim == 0:
-        draw = jax.vmap(lambda t: jax.random.normal(jax.random.fold_in(key, t), shape))
-        return np.asarray(draw(jnp.asarray(t)), np.float64)
-    each = [noises(k, t, shape[1:]) for k in key]
-    return np.stack(each, axis=1)
+    if key.ndim == 1:
+        return np.stack([noises(k, t, shape[1:]) for k in key], axis=1)
+    return np.stack([np.asarray(_normal(key, one, shape), np.float64) for one in t])
 
 
 def chain(
