@@ -117,26 +117,26 @@ def sample(
 
     Args:
         denoise_fn: ``denoise_fn(x_t, t)``, [B H W C] float32 and int32 [B] -> [B H W C], called once a step. A plain
-          function is static, cached by identity: define it once. ``jax.tree_util.Partial(f, params)`` passes its leaves
-          as arguments.
+            function is static, cached by identity: define it once. ``jax.tree_util.Partial(f, params)`` passes its leaves
+            as arguments.
         schedule: the noise schedule.
         x_T: the start, float32 [B H W C]: standard normal noise. Its sharding is that of the chain.
         key: one key, or B keys, one an image; then image i depends on x_T[i] and key[i] alone. A step's noise is drawn
-          from ``fold_in(key, t)``, so two chains with the same key meet the same noise at the same t.
+            from ``fold_in(key, t)``, so two chains with the same key meet the same noise at the same t.
         method: "ddim" or "ddpm" (ancestral sampling).
         num_steps: S, network calls.
         spacing: which timesteps, see ``timestep_plan``.
         plan: ``(t, t_prev)``, int [S] each, in place of num_steps and spacing; t_prev < t, -1 is clean data. The last
-          t_prev need not be -1: the chain then stops at that noise level.
+            t_prev need not be -1: the chain then stops at that noise level.
         eta: 0 .. 1, the noise of DDIM; 0 ignores the key. Other methods have none and refuse it.
         variance: "fixed_small" or "fixed_large", for DDPM.
         prediction: what the network predicts: "eps", "x0" or "v".
         clip_x0: clip x0_hat to [-1, 1] (True), to a pair of bounds that broadcast against x_T, or not at all (False).
-        rederive_eps: DDIM takes eps_hat from the clipped x0_hat, so that x_t stays consistent with both; False keeps the
-          network's own eps, as diffusers does by default.
+        rederive_eps: DDIM takes eps_hat from the clipped x0_hat, so that x_t stays consistent with both; False keeps
+            the network's own eps, as diffusers does by default.
         trajectory: K > 0 also returns K evenly chosen steps of the chain, the first and the last among them.
         on_step: called with 0 .. S-1 from inside the scan as each step ends, for a progress bar. The call then returns
-          when the chain is done instead of at once.
+            when the chain is done instead of at once.
 
     Returns:
         x0 [B H W C] float32, or ``(x0, Trajectory)`` where trajectory > 0.

@@ -27,7 +27,7 @@ def timestep_plan(num_timesteps: int, num_steps: int, spacing: str) -> tuple[np.
 
     Raises:
         ValueError: unknown spacing, num_steps outside 1 .. T, or one step with a spacing that would start it near
-          clean data.
+            clean data.
 
     Warns:
         ScheduleWarning: ``leading`` starts below 0.9 T although sampling starts from pure noise.

@@ -35,8 +35,8 @@ class UNet(nn.Module):
         dropout: rate, before the second convolution of each block.
         num_classes: 0 for an unconditional network. Label ``num_classes`` stands for "no label".
         attention: "xla" or "cudnn", the implementation of ``jax.nn.dot_product_attention``.
-        remat: what the backward pass computes again: "none", "blocks" (all but the blocks' inputs) or "dots" (all but the
-          outputs of convolutions and matrix products).
+        remat: what the backward pass computes again: "none", "blocks" (all but the blocks' inputs) or "dots" (all
+            but the outputs of convolutions and matrix products).
         dtype: of the computation.
     """
 
