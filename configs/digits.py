@@ -1,4 +1,13 @@
-"""Handwritten digits on a CPU."""
+"""Handwritten digits at 8x8 on a CPU, in five minutes: the first thing to run.
+
+    python -m ddpm_jax.train --config configs/digits.py --workdir runs/digits
+
+Source: our own choice. The 1,797 digits that ship inside scikit-learn, at the resolution that they have; a network of
+0.7 M parameters; v-prediction on the cosine schedule, which at equal length gave better digits here than eps, and a
+learning rate that decays to 0, since a run this short never gets there by itself.
+
+@MEASURED@
+"""
 
 from ddpm_jax.config import (
     Config,
@@ -14,12 +23,12 @@ from ddpm_jax.config import (
 def get_config() -> Config:
     """The experiment."""
     return Config(
-        data=DataConfig(source="sklearn:digits", image_size=16, channels=1),
-        model=ModelConfig(base_channels=32, channel_mults=(1, 2, 2), num_res_blocks=1, attention_resolutions=(8,)),
-        diffusion=DiffusionConfig(schedule="cosine"),
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=100, ema_decay=0.999),
+        data=DataConfig(source="sklearn:digits", image_size=8, channels=1),
+        model=ModelConfig(base_channels=32, channel_mults=(1, 2), num_res_blocks=1, attention_resolutions=(4,)),
+        diffusion=DiffusionConfig(schedule="cosine", prediction="v"),
+        optimizer=OptimizerConfig(learning_rate=1e-3, lr_decay="cosine", warmup_steps=100, ema_decay=0.995),
         train=TrainConfig(
-            batch_size=64, num_steps=2000, log_every=50, checkpoint_every=500, sample_every=500, num_samples=32
+            batch_size=32, num_steps=2800, log_every=50, checkpoint_every=1400, sample_every=1400, num_samples=32
         ),
-        sampling=SamplingConfig(method="ddim", num_steps=50, spacing="trailing"),
+        sampling=SamplingConfig(method="ddpm", num_steps=250, spacing="trailing"),
     )

@@ -5,15 +5,10 @@ The same command continues a run where it stopped. SIGTERM and Ctrl-C save first
 """
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
-import signal
 import sys
-import threading
-import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -27,11 +22,8 @@ from ddpm_jax import config as config_lib
 from ddpm_jax import data, experiment, generate, images, program, training
 from ddpm_jax.config import Config, ConfigError
 from ddpm_jax.experiment import RunError
-from ddpm_jax.progress import progress
 from ddpm_jax.training import TrainState
 
-EXIT_SIGTERM = 75  # EX_TEMPFAIL: the same command continues the run
-EXIT_SIGINT = 130
 MAX_SKIPPED_IN_A_ROW = 20
 
 
@@ -52,14 +44,20 @@ def train(config: Config, workdir: str) -> TrainState:
     checkpoints = training.open_checkpoints(
         workdir, keep_last=config.train.keep_last, keep_every=config.train.keep_every
     )
-    with _stop_signal() as stop, checkpoints:
+    with training.stop_signal() as stop, checkpoints:
         state = _restore_or_init(setup, checkpoints)
         first_step = int(state.step)
         batches = _batches(config, mesh, image_set, first_step)
         with (
             contextlib.closing(batches),
             training.MetricsWriter(workdir, first_step, enabled=jax.process_index() == 0) as writer,
-            _Log(config, writer, first_step) as log,
+            training.Log(
+                writer,
+                first_step=first_step,
+                num_steps=config.train.num_steps,
+                log_every=config.train.log_every,
+                batch_size=config.train.batch_size,
+            ) as log,
         ):
             if first_step == config.train.num_steps:  # the run was killed between its last checkpoint and its pictures
                 _write_samples(setup, state, workdir, writer, missing_only=True)
@@ -211,96 +209,6 @@ def _divergence(workdir: str, step: int) -> str:
         f"the loss or its gradient was not finite in the last {MAX_SKIPPED_IN_A_ROW} steps, up to {step}; {workdir} "
         "holds the last good parameters: lower config.optimizer.learning_rate or look at config.dtype and the data"
     )
-
-
-class _Log:
-    """Fetches each step's metrics while the next one computes, and writes a line an interval."""
-
-    def __init__(self, config: Config, writer: training.MetricsWriter, first_step: int):
-        self.settings, self.writer = config.train, writer
-        self.skipped_in_a_row = 0
-        self._pending: tuple[int, dict[str, jax.Array]] | None = None
-        self._steps: list[dict[str, np.ndarray]] = []
-        self._since, self._pause = time.monotonic(), 0.0
-        self._bar = progress(
-            self.settings.num_steps, "training", "step", initial=first_step, disable=jax.process_index() != 0
-        )
-
-    def __enter__(self) -> "_Log":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._collect()
-        self._bar.close()
-
-    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Takes the metrics of a step that has just been dispatched; fetches those of the one before."""
-        if self._pending is None and not self._steps:
-            self._since = time.monotonic()  # the first step has been compiled by now
-        self._collect()
-        self._pending = (step, metrics)
-        if step == self.settings.num_steps:
-            self._collect()
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time spent in here does not count as training."""
-        self._collect()
-        start = time.monotonic()
-        yield
-        self._pause += time.monotonic() - start
-
-    def _collect(self) -> None:
-        if self._pending is None:
-            return
-        step, metrics = self._pending
-        self._pending = None
-        self._steps.append(jax.device_get(metrics))
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if self._steps[-1]["skipped"] else 0
-        if step % self.settings.log_every == 0 or step == self.settings.num_steps:
-            self._write(step)
-        self._bar.update(1)
-
-    def _write(self, step: int) -> None:
-        seconds = time.monotonic() - self._since - self._pause
-        rate = len(self._steps) * self.settings.batch_size / seconds
-        line = training.summarize(self._steps, rate)
-        self.writer.write(step, line)
-        self._bar.set_postfix_str(f"loss {line['loss']:.4f}, {rate:.0f} images/s", refresh=False)
-        self._steps, self._since, self._pause = [], time.monotonic(), 0.0
-
-
-@dataclasses.dataclass
-class _Stop:
-    """Which signal asked the run to stop."""
-
-    exit_code: int = 0
-
-    def is_set(self) -> bool:
-        return self.exit_code != 0
-
-
-@contextlib.contextmanager
-def _stop_signal() -> Iterator[_Stop]:
-    """Turns the first SIGTERM or Ctrl-C into a request; a second Ctrl-C interrupts at once.
-
-    Not beside ``jax.distributed``, whose own notifier a handler would replace, nor outside the main thread.
-    """
-    stop = _Stop()
-    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def request(number: int, _: object) -> None:
-        stop.exit_code = EXIT_SIGTERM if number == signal.SIGTERM else EXIT_SIGINT
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def dry_run(config: Config) -> None:

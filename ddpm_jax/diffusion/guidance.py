@@ -9,7 +9,8 @@ def guided(denoise_fn: Partial, label: jax.Array, null_label: int, guidance: flo
     """``denoise_fn(x_t, t)`` that returns out_null + w (out_label - out_null), w = ``guidance``.
 
     w = 1 is the plain conditional network, w = 0 the unconditional one. Ho & Salimans 2022 (eq. 6) write
-    (1 + w') out_label - w' out_null: their w' is w - 1. Both halves go through one batched network call.
+    (1 + w') out_label - w' out_null: their w' is w - 1. Both halves go through one batched network call, side by side,
+    so that each image and its twin stay on their device.
 
     Args:
         denoise_fn: ``denoise_fn(x_t, t, label)``.
@@ -17,15 +18,16 @@ def guided(denoise_fn: Partial, label: jax.Array, null_label: int, guidance: flo
         null_label: the label that stands for none.
         guidance: w >= 0; an argument of the compiled sampler, not a constant in it.
     """
+    denoise_fn = denoise_fn if isinstance(denoise_fn, Partial) else Partial(denoise_fn)
     return Partial(_guided, denoise_fn, label, jnp.full_like(label, null_label), jnp.asarray(guidance, jnp.float32))
 
 
 def _guided(
     denoise_fn: Partial, label: jax.Array, null: jax.Array, guidance: jax.Array, x_t: jax.Array, t: jax.Array
 ) -> jax.Array:
-    def twice(x: jax.Array) -> jax.Array:
-        return jnp.concatenate([x, x])
+    def interleaved(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
 
-    output = denoise_fn(twice(x_t), twice(t), jnp.concatenate([null, label]))
-    out_null, out_label = jnp.split(output.astype(jnp.float32), 2)
+    output = denoise_fn(interleaved(x_t, x_t), interleaved(t, t), interleaved(null, label)).astype(jnp.float32)
+    out_null, out_label = output[0::2], output[1::2]
     return out_null + guidance * (out_label - out_null)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from ddpm_jax.diffusion.process import PREDICTIONS, unknown_prediction
 from ddpm_jax.diffusion.schedule import Schedule, rates
 
 MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, section 3.4
@@ -41,6 +42,8 @@ def target(prediction: str, schedule: Schedule, x0: jax.Array, eps: jax.Array, t
         eps: the noise in x_t, shaped as x0.
         t: int32 [B].
     """
+    if prediction not in PREDICTIONS:
+        raise unknown_prediction(prediction)
     if prediction == "v":
         now = rates(schedule, t, x0)
         return now.signal * eps - now.noise * x0
@@ -62,6 +65,8 @@ def weight(kind: str, prediction: str, schedule: Schedule, t: jax.Array) -> jax.
     """
     if kind not in WEIGHTS:
         raise ValueError(f"diffusion.loss_weight={kind!r}: choose one of {', '.join(WEIGHTS)}")
+    if prediction not in PREDICTIONS:
+        raise unknown_prediction(prediction)
     if kind == "uniform":
         return jnp.ones(t.shape, jnp.float32)
     now = rates(schedule, t, t)

@@ -48,7 +48,7 @@ def posterior(
     variance = prev.noise_level / now.noise_level * beta
     levels = schedule.noise_levels
     floor = levels[0] / levels[1] * schedule.betas[1] if schedule.num_timesteps > 1 else 1e-20
-    return mean, variance, jnp.log(jnp.where(variance > 0, variance, floor))
+    return mean, variance, jnp.log(jnp.where(variance == 0, floor, variance))
 
 
 def x0_from(prediction: str, schedule: Schedule, output: jax.Array, x_t: jax.Array, t: jax.Array) -> jax.Array:
@@ -71,7 +71,7 @@ def x0_from(prediction: str, schedule: Schedule, output: jax.Array, x_t: jax.Arr
         return (x_t - now.noise * output) / now.signal
     if prediction == "v":
         return now.signal * x_t - now.noise * output
-    raise _unknown(prediction)
+    raise unknown_prediction(prediction)
 
 
 def eps_from(prediction: str, schedule: Schedule, output: jax.Array, x_t: jax.Array, t: jax.Array) -> jax.Array:
@@ -87,7 +87,7 @@ def eps_from(prediction: str, schedule: Schedule, output: jax.Array, x_t: jax.Ar
         return (x_t - now.signal * output) / now.noise
     if prediction == "v":
         return now.noise * x_t + now.signal * output
-    raise _unknown(prediction)
+    raise unknown_prediction(prediction)
 
 
 def v_from(prediction: str, schedule: Schedule, output: jax.Array, x_t: jax.Array, t: jax.Array) -> jax.Array:
@@ -103,8 +103,9 @@ def v_from(prediction: str, schedule: Schedule, output: jax.Array, x_t: jax.Arra
         return (output - now.noise * x_t) / now.signal
     if prediction == "x0":
         return (now.signal * x_t - output) / now.noise
-    raise _unknown(prediction)
+    raise unknown_prediction(prediction)
 
 
-def _unknown(prediction: str) -> ValueError:
+def unknown_prediction(prediction: str) -> ValueError:
+    """The error for a prediction that is none."""
     return ValueError(f"diffusion.prediction={prediction!r}: choose one of {', '.join(PREDICTIONS)}")

@@ -12,7 +12,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from ddpm_jax.diffusion.process import PREDICTIONS, eps_from, posterior, x0_from
-from ddpm_jax.diffusion.schedule import Schedule, beta_between, rates
+from ddpm_jax.diffusion.schedule import Schedule, ScheduleWarning, beta_between, rates
 from ddpm_jax.diffusion.spacing import timestep_plan
 
 METHODS = ("ddim", "ddpm")
@@ -52,6 +52,8 @@ def ddpm_step(
         noise: standard normal, shaped as x_t.
         variance: "fixed_small" or "fixed_large".
     """
+    if variance not in VARIANCES:
+        raise ValueError(f"sampling.variance={variance!r}: choose one of {', '.join(VARIANCES)}")
     mean, small, _ = posterior(schedule, x0_hat, x_t, t, t_prev)
     if variance == "fixed_small":
         return mean + jnp.sqrt(small) * noise
@@ -112,13 +114,14 @@ def sample(
 ) -> Any:
     """Runs a chain from x_T to x0 inside one compiled ``lax.scan``.
 
-    The function is jitted itself. It compiles anew for another ``denoise_fn``, shape, number of steps or choice by
-    name, and not for other weights, schedules, timesteps, keys, eta or clip bounds: they are arguments of the program.
+    The function is jitted itself. It compiles anew for another ``denoise_fn``, shape, number of steps, trajectory or
+    choice by name or switch, and not for other weights, schedules, timesteps, keys, eta or clip bounds, which are
+    arguments of the program.
 
     Args:
         denoise_fn: ``denoise_fn(x_t, t)``, [B H W C] float32 and int32 [B] -> [B H W C], called once a step. A plain
-            function is static, cached by identity: define it once. ``jax.tree_util.Partial(f, params)`` passes its leaves
-            as arguments.
+            function is static, cached by identity: define it once. ``jax.tree_util.Partial(f, params)`` passes its
+            leaves as arguments.
         schedule: the noise schedule.
         x_T: the start, float32 [B H W C]: standard normal noise. Its sharding is that of the chain.
         key: one key, or B keys, one an image; then image i depends on x_T[i] and key[i] alone. A step's noise is drawn
@@ -134,7 +137,7 @@ def sample(
         clip_x0: clip x0_hat to [-1, 1] (True), to a pair of bounds that broadcast against x_T, or not at all (False).
         rederive_eps: DDIM takes eps_hat from the clipped x0_hat, so that x_t stays consistent with both; False keeps
             the network's own eps, as diffusers does by default.
-        trajectory: K > 0 also returns K evenly chosen steps of the chain, the first and the last among them.
+        trajectory: K > 0 also returns K evenly chosen steps of the chain; the first among them, and the last if K > 1.
         on_step: called with 0 .. S-1 from inside the scan as each step ends, for a progress bar. The call then returns
             when the chain is done instead of at once.
 
@@ -148,10 +151,9 @@ def sample(
     t, t_prev = _checked_plan(schedule, num_steps, spacing, plan)
     if not 0 <= trajectory <= len(t):
         raise ValueError(f"trajectory={trajectory}: must lie in 0 .. {len(t)}, the number of steps")
-    bounds = clip_x0 if isinstance(clip_x0, tuple) else ((-1.0, 1.0) if clip_x0 else None)
-    if isinstance(clip_x0, tuple) and len(clip_x0) != 2:
-        raise ValueError(f"clip_x0={clip_x0!r}: must be a bool or a pair of bounds")
     x_T = jnp.asarray(x_T, jnp.float32)
+    if on_step is not None and isinstance(x_T, jax.core.Tracer):
+        raise ValueError("on_step: inside another jit the chain runs after the call has returned; leave it out there")
     run = functools.partial(
         _run_chain,
         denoise_fn if isinstance(denoise_fn, Partial) else Partial(denoise_fn),
@@ -161,7 +163,7 @@ def sample(
         jnp.asarray(t),
         jnp.asarray(t_prev),
         jnp.asarray(eta, jnp.float32),
-        bounds,
+        _checked_bounds(clip_x0, x_T.shape),
         kept=tuple(np.round(np.linspace(0, len(t) - 1, trajectory)).astype(int).tolist()),
         method=method,
         variance=variance,
@@ -198,6 +200,8 @@ def _run_chain(
         x_t, trajectory = carry
         now, prev = t[i], t_prev[i]
         output = denoise_fn(x_t, jnp.full(x_t.shape[:1], now)).astype(jnp.float32)
+        if output.shape != x_t.shape:
+            raise ValueError(f"denoise_fn: returned {output.shape} for images {x_t.shape}; the two must be alike")
         x0_hat = x0_from(prediction, schedule, output, x_t, now)
         if bounds is not None:
             x0_hat = jnp.clip(x0_hat, *bounds)
@@ -245,6 +249,8 @@ def _check_choices(method: str, eta: float | jax.Array, variance: str, predictio
             raise ValueError(f"{field}={value!r}: choose one of {', '.join(choices)}")
     if isinstance(eta, jax.core.Tracer):
         return
+    if np.ndim(eta):
+        raise ValueError(f"sampling.eta={eta}: must be one number")
     if not 0 <= float(eta) <= 1:
         raise ValueError(f"sampling.eta={eta}: must lie in 0 .. 1")
     if method != "ddim" and float(eta) != 0:
@@ -262,9 +268,12 @@ def _checked_plan(
         for warning in caught:  # raised again where the user called sample
             warnings.warn(warning.message, stacklevel=3)
         return t, t_prev
+    if len(plan) != 2:
+        raise ValueError(f"plan: has {len(plan)} parts; give (t, t_prev)")
     t, t_prev = (np.asarray(x) for x in plan)
-    if t.ndim != 1 or t.shape != t_prev.shape or not len(t) or t.dtype.kind != "i" or t_prev.dtype.kind != "i":
+    if t.ndim != 1 or t.shape != t_prev.shape or not len(t) or {t.dtype.kind, t_prev.dtype.kind} - set("iu"):
         raise ValueError(f"plan: t {t.dtype}{t.shape} and t_prev {t_prev.dtype}{t_prev.shape} must be int [S] both")
+    t, t_prev = t.astype(np.int32), t_prev.astype(np.int32)
     bad = np.flatnonzero((t < 0) | (t >= num_timesteps) | (t_prev < -1) | (t_prev >= t))
     if bad.size:
         i = bad[0]
@@ -272,12 +281,43 @@ def _checked_plan(
             f"plan: step {i} goes from t = {t[i]} to t_prev = {t_prev[i]}; "
             f"needs 0 <= t < {num_timesteps} and -1 <= t_prev < t"
         )
-    return t.astype(np.int32), t_prev.astype(np.int32)
+    if np.any(t_prev[:-1] != t[1:]):
+        i = int(np.flatnonzero(t_prev[:-1] != t[1:])[0])
+        warnings.warn(
+            f"plan: step {i} ends at t_prev = {t_prev[i]}, but step {i + 1} begins at t = {t[i + 1]}: the network is "
+            "told another noise level than the image has",
+            ScheduleWarning,
+            stacklevel=3,
+        )
+    return t, t_prev
+
+
+def _checked_bounds(clip_x0: Any, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array] | None:
+    """Float32 arrays, so that no number or array of another type compiles the chain again."""
+    if isinstance(clip_x0, bool | np.bool_):
+        clip_x0 = (-1.0, 1.0) if clip_x0 else None
+    if clip_x0 is None:
+        return None
+    if len(clip_x0) != 2:
+        raise ValueError(f"clip_x0={clip_x0!r}: must be a bool or a pair of bounds")
+    low, high = (jnp.asarray(bound, jnp.float32) for bound in clip_x0)
+    for bound in (low, high):
+        if np.broadcast_shapes(bound.shape, shape) != shape:
+            raise ValueError(f"clip_x0: a bound of shape {bound.shape} does not broadcast to the images {shape}")
+    if (
+        not isinstance(low, jax.core.Tracer)
+        and not isinstance(high, jax.core.Tracer)
+        and not bool(jnp.all(low <= high))
+    ):
+        raise ValueError(f"clip_x0={clip_x0!r}: the lower bound comes first")
+    return low, high
 
 
 def _checked_key(key: jax.Array, num_images: int) -> jax.Array:
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    if getattr(key, "dtype", None) == jnp.uint32:
         key = jax.random.wrap_key_data(key)
+    if not hasattr(key, "dtype") or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise ValueError(f"key={key!r}: give a key, such as jax.random.key(0), or one an image")
     if key.shape not in ((), (num_images,)):
         raise ValueError(f"key: shape {key.shape}; give one key, or {num_images} keys, one an image")
     return key

@@ -103,12 +103,18 @@ def schedule_betas(
     if num_timesteps < 1:
         raise ValueError(f"diffusion.num_timesteps={num_timesteps}: must be at least 1")
     scale = 1000 / num_timesteps if scale_betas else 1.0
-    return _checked(_SCHEDULES[name](num_timesteps, scale * beta_start, scale * beta_end))
+    return _checked(
+        _SCHEDULES[name](num_timesteps, scale * beta_start, scale * beta_end),
+        "raise num_timesteps (the scaled linear range needs more than 20) or set scale_betas=False",
+    )
 
 
 def schedule_from_betas(betas: np.ndarray) -> Schedule:
     """A schedule from its betas [T], each in (0, 1); float64 betas give the exact tables."""
-    betas = _checked(np.asarray(betas, np.float64))
+    betas = np.asarray(betas, np.float64)
+    if betas.ndim != 1 or not betas.size:
+        raise ValueError(f"betas: shape {betas.shape}; give one number a timestep, [T]")
+    betas = _checked(betas, "give every step some noise, and none all of it")
     log_alpha_bars = np.cumsum(np.log1p(-betas))
     signal_rate = math.exp(0.5 * log_alpha_bars[-1])
     if signal_rate > MAX_FINAL_SIGNAL_RATE:
@@ -144,12 +150,12 @@ def beta_between(now: Rates, prev: Rates) -> jax.Array:
     return difference / prev.alpha_bar
 
 
-def _checked(betas: np.ndarray) -> np.ndarray:
+def _checked(betas: np.ndarray, remedy: str) -> np.ndarray:
     bad = np.flatnonzero(~((betas > 0) & (betas < 1)))
     if bad.size:
         raise ValueError(
             f"diffusion.num_timesteps={betas.size}: beta = {betas[bad[0]]:.4g} at t = {bad[0]} is outside (0, 1); "
-            "raise num_timesteps (the scaled linear range needs more than 20) or set scale_betas=False"
+            f"{remedy}"
         )
     return betas
 

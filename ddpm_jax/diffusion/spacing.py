@@ -34,7 +34,7 @@ def timestep_plan(num_timesteps: int, num_steps: int, spacing: str) -> tuple[np.
     """
     if spacing not in _SPACINGS:
         raise ValueError(f"sampling.spacing={spacing!r}: choose one of {', '.join(_SPACINGS)}")
-    if not 1 <= num_steps <= num_timesteps:
+    if not isinstance(num_steps, int | np.integer) or not 1 <= num_steps <= num_timesteps:
         raise ValueError(
             f"sampling.num_steps={num_steps}: must lie in 1 .. {num_timesteps}, the timesteps of the schedule"
         )

@@ -1,19 +1,23 @@
 """The train step and what surrounds it: state, optimizer, mesh, checkpoints, metrics."""
 
 from ddpm_jax.training.checkpoint import open_checkpoints, restore_latest, save
+from ddpm_jax.training.log import Log
 from ddpm_jax.training.mesh import batch_sharding, make_mesh, replicated
 from ddpm_jax.training.metrics import MetricsWriter, summarize
 from ddpm_jax.training.optimizer import LearningRate, make_learning_rate, make_optimizer
 from ddpm_jax.training.state import Params, TrainState, abstract_state, init_state, new_state
 from ddpm_jax.training.step import Batch, LossFn, Metrics, make_train_step, train_step
+from ddpm_jax.training.stop import Stop, stop_signal
 
 __all__ = [
     "Batch",
     "LearningRate",
+    "Log",
     "LossFn",
     "Metrics",
     "MetricsWriter",
     "Params",
+    "Stop",
     "TrainState",
     "abstract_state",
     "batch_sharding",
@@ -27,6 +31,7 @@ __all__ = [
     "replicated",
     "restore_latest",
     "save",
+    "stop_signal",
     "summarize",
     "train_step",
 ]
