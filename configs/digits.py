@@ -28,7 +28,7 @@ def get_config() -> Config:
         diffusion=DiffusionConfig(schedule="cosine", prediction="v"),
         optimizer=OptimizerConfig(learning_rate=1e-3, lr_decay="cosine", warmup_steps=100, ema_decay=0.995),
         train=TrainConfig(
-            batch_size=32, num_steps=2800, log_every=50, checkpoint_every=1400, sample_every=1400, num_samples=32
+            batch_size=32, num_steps=4000, log_every=50, checkpoint_every=1000, sample_every=2000, num_samples=32
         ),
         sampling=SamplingConfig(method="ddpm", num_steps=250, spacing="trailing"),
     )

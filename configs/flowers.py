@@ -47,7 +47,7 @@ def get_config() -> Config:
         ),
         diffusion=DiffusionConfig(schedule="cosine", prediction="v", loss="l2"),
         optimizer=OptimizerConfig(
-            learning_rate=2e-4, lr_decay="cosine", warmup_steps=1000, grad_clip_norm=1.0, ema_decay=0.9999
+            learning_rate=2e-4, lr_decay="cosine", warmup_steps=500, grad_clip_norm=1.0, ema_decay=0.9999
         ),
         train=TrainConfig(
             batch_size=64,
