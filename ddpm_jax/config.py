@@ -173,7 +173,7 @@ def get(config: Config, field: str) -> Any:
     value: Any = config
     for name in field.split("."):
         value = getattr(value, name)
-    return value
+    return tuple(value) if isinstance(value, list) else value
 
 
 def field_names(cls: type = Config, prefix: str = "") -> list[str]:
@@ -211,6 +211,8 @@ def validate(config: Config) -> None:
         for field in fields:
             if not fits(get(config, field)):
                 raise ConfigError(f"config.{field}={get(config, field)!r}: {rule}")
+    if config.mesh.data < 1 and config.mesh.data != -1:
+        raise ConfigError(f"config.mesh.data={config.mesh.data}: must be positive, or -1 for all the rest")
     _check_network(config)
     _check_chains(config)
 
@@ -269,7 +271,7 @@ def _check_chains(config: Config) -> None:
 def _check_type(field: str, value: Any) -> None:
     wanted = _field_type(field)
     if typing.get_origin(wanted) is tuple:
-        fits = isinstance(value, tuple | list) and all(isinstance(x, int) for x in value)
+        fits = isinstance(value, tuple | list) and all(type(x) is int for x in value)
     else:
         options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
         # An int is a fine float, and True is a poor int.

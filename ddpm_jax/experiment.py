@@ -234,7 +234,7 @@ def read_config(workdir: str) -> Config | None:
         return None
     try:
         return config_lib.from_dict(json.loads(path.read_text()))
-    except (json.JSONDecodeError, ConfigError) as error:
+    except ValueError as error:  # no UTF-8, no JSON, or no config
         raise RunError(f"{path}: {error}; restore it from a copy, or use another workdir") from None
 
 

@@ -65,13 +65,14 @@ def train(config: Config, workdir: str) -> TrainState:
                 state, metrics = setup.train_step(state, next(batches), setup.key)
                 log.add(step, metrics)
                 diverged = log.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
-                last = step == config.train.num_steps or stop.is_set() or diverged
+                stopping = stop.is_set()  # asked once a step: a signal that comes after this waits for the next one
+                last = step == config.train.num_steps or stopping or diverged
                 if step % config.train.checkpoint_every == 0 or last:
                     with log.paused():
                         training.save(checkpoints, state)
                 if diverged:
                     raise RunError(_divergence(workdir, step))
-                if stop.is_set():
+                if stopping:
                     break
                 if step % config.train.sample_every == 0 or last:
                     with log.paused():

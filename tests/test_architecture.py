@@ -154,7 +154,8 @@ def test_what_is_public_has_a_docstring(module):
     tree = ast.parse(MODULES[module].read_text())
     assert ast.get_docstring(tree)
     public = [x for x in tree.body if isinstance(x, ast.FunctionDef | ast.ClassDef) and not x.name.startswith("_")]
-    assert [x.name for x in public if not ast.get_docstring(x)] == []
+    overloads = [x for x in public if "overload" in map(ast.unparse, x.decorator_list)]
+    assert [x.name for x in public if not ast.get_docstring(x) and x not in overloads] == []
 
 
 def test_the_package_alone_is_light_and_all_of_it_touches_no_device():

@@ -8,7 +8,9 @@ from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config, ConfigError, differences, field_names, from_dict, nearest_field, to_dict, validate
 
 # What scripts rely on, as the project's first issue lists it.
-PROMISED = """
+PROMISED = {
+    name
+    for line in """
 seed dtype
 data.source data.split data.data_dir data.image_size data.channels data.random_flip data.placement
 model.kind model.base_channels model.channel_mults model.num_res_blocks model.attention_resolutions model.attention
@@ -20,7 +22,9 @@ train.batch_size train.num_steps train.log_every train.checkpoint_every train.sa
 sampling.method sampling.num_steps sampling.eta sampling.spacing sampling.variance sampling.clip_x0
 sampling.rederive_eps sampling.guidance
 mesh.data mesh.fsdp
-""".split()
+""".splitlines()
+    for name in line.split()
+}
 
 
 def changed(fields: dict) -> Config:
@@ -32,7 +36,7 @@ def changed(fields: dict) -> Config:
 
 
 def test_the_promised_fields_exist():
-    assert set(PROMISED) <= set(field_names())
+    assert PROMISED <= set(field_names())
 
 
 def test_the_defaults_are_valid():

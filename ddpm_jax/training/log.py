@@ -34,7 +34,7 @@ class Log:
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Takes the metrics of a step that has just been dispatched; fetches those of the one before."""
         if self._pending is None and not self._steps:
-            self._since = time.monotonic()  # the first step has been compiled by now
+            self._since, self._pause = time.monotonic(), 0.0  # the first step has been compiled by now
         self._collect()
         self._pending = (step, metrics)
         if step == self._num_steps:

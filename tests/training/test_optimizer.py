@@ -35,7 +35,9 @@ def test_updates_against_float64(clip, weight_decay):
     rng = np.random.default_rng(0)
     start = {"a": rng.normal(size=(3, 4)), "b": rng.normal(size=5)}
     # The norms go from 0.04 to 40, so that a clip at 1 bites on some steps and only there.
-    grads = [{name: size * rng.normal(size=x.shape) for name, x in start.items()} for size in (0.01, 1, 0.1, 10, 1, 0.1)]
+    grads = [
+        {name: size * rng.normal(size=x.shape) for name, x in start.items()} for size in (0.01, 1, 0.1, 10, 1, 0.1)
+    ]
     learning_rate = make_learning_rate(0.05, warmup_steps=3, decay="cosine", num_steps=6)
     optimizer = make_optimizer(learning_rate, weight_decay=weight_decay, grad_clip_norm=clip)
     params = jax.tree.map(jnp.float32, start)
@@ -57,7 +59,9 @@ def test_learning_rates(decay, warmup):
     for step in (0, 1, 2, 250, 499, 500, 501, 2500, 4999, 5000, 6500, 7999, 8000, 9000):
         expected = peak * min(step / warmup, 1) if warmup else peak
         if decay == "cosine" and step >= warmup:
-            expected = peak * (1 + math.cos(math.pi * min(step - warmup, num_steps - warmup) / (num_steps - warmup))) / 2
+            expected = (
+                peak * (1 + math.cos(math.pi * min(step - warmup, num_steps - warmup) / (num_steps - warmup))) / 2
+            )
         np.testing.assert_allclose(learning_rate(jnp.int32(step)), expected, rtol=1e-4, atol=1e-10)
 
 
@@ -69,7 +73,9 @@ def test_a_run_shorter_than_its_warm_up_only_warms_up():
 def test_the_structure_of_the_state_does_not_depend_on_the_numbers():  # so that a run resumes with others
     params = {"a": jnp.zeros(3)}
     options = [(0.0, 0.0), (0.1, 0.0), (0.0, 1.0), (0.1, 1.0)]
-    rates = [make_learning_rate(1.0, warmup_steps=w, decay=d, num_steps=9) for w in (0, 5) for d in ("constant", "cosine")]
+    rates = [
+        make_learning_rate(1.0, warmup_steps=w, decay=d, num_steps=9) for w in (0, 5) for d in ("constant", "cosine")
+    ]
     states = [
         make_optimizer(rate, weight_decay=decay, grad_clip_norm=clip).init(params)
         for decay, clip in options

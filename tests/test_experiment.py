@@ -1,0 +1,270 @@
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax import diffusion, experiment, training
+from ddpm_jax.config import Config, ConfigError, DataConfig, DiffusionConfig, ModelConfig, OptimizerConfig, TrainConfig
+from ddpm_jax.experiment import RunError
+
+SIZE = 4
+
+
+def tiny(**sections):
+    defaults = {
+        "data": DataConfig(image_size=SIZE, channels=1),
+        "model": ModelConfig(base_channels=8, channel_mults=(1,), num_res_blocks=1, attention_resolutions=()),
+        "diffusion": DiffusionConfig(num_timesteps=100),
+    }
+    return Config(**defaults | sections)
+
+
+class Spy:
+    """In the place of a network: keeps what it is asked, answers with a fixed array."""
+
+    def __init__(self, answer=0.0):
+        self.answer, self.calls = answer, []
+
+    def apply(self, variables, x_t, t, label, train, rngs):
+        self.calls.append({"x_t": x_t, "t": t, "label": label, "train": train, **variables, **rngs})
+        return jnp.zeros(x_t.shape) + self.answer
+
+
+def images_of(count):
+    return np.random.default_rng(0).integers(0, 256, (count, SIZE, SIZE, 1), dtype=np.uint8)
+
+
+def ask(config, count=8, seed=0, answer=0.0, labels=None):
+    spy = Spy(answer)
+    schedule = experiment.make_schedule(config)
+    batch = {"image": jnp.asarray(images_of(count))} | ({} if labels is None else {"label": jnp.asarray(labels)})
+    keys = jax.random.split(jax.random.key(seed), count)
+    loss, sums = experiment.make_loss_fn(config, spy, schedule)({"w": 1}, batch, keys)
+    return spy.calls[0], float(loss), sums
+
+
+def alpha_bars(config):
+    count = config.diffusion.num_timesteps
+    return np.cumprod(1 - np.linspace(1e-4, 0.02, count) * 1000 / count)
+
+
+# The loss
+
+
+@pytest.mark.parametrize("num_timesteps", [30, 100, 1000])
+def test_every_timestep_is_drawn_and_as_often_as_the_others(num_timesteps):
+    count = 200 * num_timesteps if num_timesteps < 1000 else 20_000
+    call, _, sums = ask(tiny(diffusion=DiffusionConfig(num_timesteps=num_timesteps)), count)
+    t = np.asarray(call["t"])
+    assert (t.min(), t.max(), t.dtype) == (0, num_timesteps - 1, np.int32)
+    counts = np.bincount(t, minlength=num_timesteps)
+    expected = count / num_timesteps
+    chi_squared = ((counts - expected) ** 2 / expected).sum()  # mean T - 1, variance 2 (T - 1)
+    assert abs(chi_squared - (num_timesteps - 1)) < 5 * math.sqrt(2 * (num_timesteps - 1))
+    np.testing.assert_array_equal(sums["loss_counts"], np.bincount(4 * t // num_timesteps, minlength=4))
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "min_snr"])
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_the_loss_is_the_formula_s(prediction, weighting):
+    config = tiny(diffusion=DiffusionConfig(num_timesteps=100, prediction=prediction, loss_weight=weighting))
+    answer = np.random.default_rng(1).normal(size=(64, SIZE, SIZE, 1)).astype(np.float32)
+    call, loss, sums = ask(config, 64, answer=answer)
+    t, ab = np.asarray(call["t"]), alpha_bars(config)[np.asarray(call["t"])][:, None, None, None]
+    x0 = images_of(64) / 127.5 - 1
+    eps = (np.asarray(call["x_t"], np.float64) - np.sqrt(ab) * x0) / np.sqrt(1 - ab)
+    assert abs(eps.mean()) < 5 / math.sqrt(eps.size)
+    assert abs(eps.std() - 1) < 5 / math.sqrt(2 * eps.size)
+    target = {"eps": eps, "x0": x0, "v": np.sqrt(ab) * eps - np.sqrt(1 - ab) * x0}[prediction]
+    losses = ((answer - target) ** 2).mean((1, 2, 3))
+    if weighting == "min_snr":
+        snr = (ab / (1 - ab)).ravel()
+        losses *= np.minimum(snr, 5) / {"eps": snr, "x0": 1.0, "v": snr + 1}[prediction]
+    np.testing.assert_allclose(loss, losses.mean(), rtol=1e-3)
+    quarters = [losses[4 * t // 100 == i].sum() for i in range(4)]
+    np.testing.assert_allclose(sums["loss_sums"], quarters, rtol=2e-3)
+
+
+def test_an_example_s_draw_depends_on_its_own_key():
+    spy, config = Spy(), tiny()
+    loss_fn = experiment.make_loss_fn(config, spy, experiment.make_schedule(config))
+    batch, keys = {"image": jnp.asarray(images_of(6))}, jax.random.split(jax.random.key(0), 6)
+    loss_fn({}, batch, keys)
+    loss_fn({}, {"image": batch["image"][2:4]}, keys[2:4])
+    for name in ("x_t", "t"):
+        np.testing.assert_array_equal(spy.calls[1][name], spy.calls[0][name][2:4])
+    noise = [np.asarray(x).tobytes() for x in spy.calls[0]["x_t"]]
+    assert len(set(noise)) == 6
+
+
+def test_the_network_is_asked_to_train():
+    call, _, _ = ask(tiny())
+    assert call["train"] is True
+    assert call["params"] == {"w": 1}
+    assert call["label"] is None
+    other, _, _ = ask(tiny(), seed=1)
+    assert (jax.random.key_data(call["dropout"]) != jax.random.key_data(other["dropout"])).any()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
+def test_the_share_of_labels_that_are_dropped(share):
+    count, model = 8000, ModelConfig(base_channels=8, num_classes=5, label_dropout=share)
+    labels = np.arange(count) % 5
+    call, _, _ = ask(tiny(model=model), count, labels=labels)
+    found = np.asarray(call["label"])
+    dropped = found == 5
+    np.testing.assert_array_equal(found[~dropped], labels[~dropped])
+    assert abs(dropped.mean() - share) <= 5 * math.sqrt(share * (1 - share) / count)
+
+
+def test_labels_are_dropped_whatever_t_is():
+    model = ModelConfig(base_channels=8, num_classes=5, label_dropout=0.5)
+    call, _, _ = ask(tiny(model=model), 8000, labels=np.zeros(8000, np.int32))
+    correlation = np.corrcoef(np.asarray(call["t"]), np.asarray(call["label"]) == 5)[0, 1]
+    assert abs(correlation) < 5 / math.sqrt(8000)
+
+
+# Config -> parts
+
+
+def test_the_network_is_the_one_of_the_config():
+    config = tiny(
+        dtype="bfloat16",
+        data=DataConfig(image_size=8, channels=3),
+        model=ModelConfig(
+            base_channels=16,
+            channel_mults=(1, 3),
+            num_res_blocks=2,
+            attention_resolutions=(8,),
+            num_classes=4,
+            dropout=0.2,
+        ),
+        train=TrainConfig(remat="dots"),
+    )
+    model = experiment.make_model(config)
+    params = jax.eval_shape(experiment.make_init_fn(config, model), jax.random.key(0))
+    assert params["conv_in"]["kernel"].shape == (3, 3, 3, 16)
+    assert params["down_1_block_1"]["conv_1"]["kernel"].shape == (3, 3, 48, 48)
+    assert params["class_embedding"]["embedding"].shape[0] == 5
+    assert "down_0_attention_1" in params
+    assert (model.dropout, model.remat, model.dtype) == (0.2, "dots", jnp.bfloat16)
+
+
+def test_the_optimizer_is_the_one_of_the_config():
+    settings = OptimizerConfig(learning_rate=0.5, lr_decay="cosine", warmup_steps=10, grad_clip_norm=2.0)
+    _, learning_rate = experiment.make_optimizer(tiny(optimizer=settings, train=TrainConfig(num_steps=30)))
+    np.testing.assert_allclose([learning_rate(i) for i in (5, 10, 20, 30)], [0.25, 0.5, 0.25, 0], atol=1e-6)
+
+
+def test_an_attention_that_cannot_run_is_refused_by_its_field():
+    model = ModelConfig(base_channels=8, attention="cudnn")
+    with pytest.raises(ConfigError, match=r"^config\.model\.attention='cudnn': .*use 'xla'"):
+        experiment.make_model(tiny(model=model, dtype="bfloat16"))
+
+
+def test_a_batch_that_the_devices_cannot_share_is_refused():
+    with pytest.raises(ConfigError, match=r"^config\.train\.batch_size=9: .*config\.train\.accumulate=2"):
+        experiment.make_mesh(tiny(train=TrainConfig(batch_size=9, accumulate=2)))
+
+
+# A run and its workdir
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    workdir, config = tmp_path_factory.mktemp("run"), tiny()
+    experiment.write_config(workdir, config)
+    optimizer, _ = experiment.make_optimizer(config)
+    init_fn = experiment.make_init_fn(config, experiment.make_model(config))
+    state = training.init_state(init_fn, optimizer, training.make_mesh(), jax.random.key(0))
+    with training.open_checkpoints(str(workdir)) as checkpoints:
+        for step in (10, 20):
+            moved = jax.tree.map(lambda x, step=step: x + step, state.ema_params)
+            training.save(checkpoints, state._replace(step=jnp.int32(step), ema_params=moved))
+        checkpoints.wait_until_finished()
+    return workdir, state.params
+
+
+@pytest.mark.parametrize(("options", "shift"), [({}, 20), ({"step": 10}, 10), ({"weights": "raw"}, 0)])
+def test_load_takes_the_weights_and_the_step_asked_for(run_dir, options, shift):
+    workdir, params = run_dir
+    run = experiment.load(str(workdir), **options)
+    assert run.config == tiny()
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b + shift), run.params, params)
+    np.testing.assert_allclose(run.schedule.alpha_bars, alpha_bars(run.config), rtol=1e-5)
+
+
+def test_what_is_loaded_samples(run_dir):
+    run = experiment.load(str(run_dir[0]), weights="raw")
+    x_t = jax.random.normal(jax.random.key(0), (2, SIZE, SIZE, 1))
+    assert run.denoise_fn(x_t, jnp.array([3, 4])).shape == x_t.shape
+    x0 = diffusion.sample(run.denoise_fn, run.schedule, x_t, jax.random.key(1), num_steps=2, clip_x0=False)
+    # A new network answers 0, so that eta = 0 only rescales: x0 = x_T / sqrt(alpha_bar) of the first step's t = 50.
+    np.testing.assert_allclose(x0, x_t / math.sqrt(alpha_bars(run.config)[50]), rtol=1e-4)
+
+
+def test_loading_writes_nothing(run_dir):
+    before = sorted((str(path), path.stat().st_mtime_ns) for path in run_dir[0].rglob("*"))
+    experiment.load(str(run_dir[0]))
+    assert sorted((str(path), path.stat().st_mtime_ns) for path in run_dir[0].rglob("*")) == before
+
+
+def test_equal_networks_share_compiled_samplers(run_dir):
+    one, two = (experiment.load(str(run_dir[0]), weights=weights).denoise_fn for weights in ("raw", "ema"))
+    assert one.func == two.func
+    assert hash(one.func) == hash(two.func)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": "best"}, "--weights=best: choose ema or raw"),
+        ({"step": 15}, r"no checkpoint of step 15; its checkpoints are 10, 20$"),
+    ],
+)
+def test_a_wrong_load_gets_one_line(run_dir, options, message):
+    with pytest.raises(RunError, match=message) as caught:
+        experiment.load(str(run_dir[0]), **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_load_where_there_is_no_run(tmp_path):
+    with pytest.raises(RunError, match=r"holds no run \(config.json is missing\); train one"):
+        experiment.load(str(tmp_path))
+    experiment.write_config(tmp_path, tiny())
+    with pytest.raises(RunError, match="it has no checkpoint yet"):
+        experiment.load(str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"data": {"sorce": "x"}}', '{"data": 3}', "\xff"])
+def test_a_config_that_cannot_be_read(tmp_path, text):
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(RunError, match=r"config\.json: ") as caught:
+        experiment.read_config(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_config_survives_its_file(tmp_path):
+    config = tiny(model=ModelConfig(channel_mults=(1, 2, 3), dropout=0.1), seed=5)
+    experiment.write_config(tmp_path, config)
+    assert experiment.read_config(str(tmp_path)) == config
+    assert json.loads((tmp_path / "config.json").read_text())["model"]["channel_mults"] == [1, 2, 3]
+
+
+def test_a_workdir_of_another_network_or_diffusion_is_refused(tmp_path):
+    experiment.check_workdir(str(tmp_path), tiny())
+    experiment.write_config(tmp_path, tiny())
+    other = dataclasses.replace(
+        tiny(), seed=9, train=TrainConfig(num_steps=7), optimizer=OptimizerConfig(ema_decay=0.9)
+    )
+    experiment.check_workdir(str(tmp_path), other)
+    other = dataclasses.replace(other, diffusion=DiffusionConfig(num_timesteps=200, prediction="v"))
+    with pytest.raises(RunError) as caught:
+        experiment.check_workdir(str(tmp_path), other)
+    assert "diffusion.num_timesteps: 100 != 200; diffusion.prediction: 'eps' != 'v'" in str(caught.value)
+    assert "optimizer" not in str(caught.value)
