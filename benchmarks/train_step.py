@@ -138,8 +138,9 @@ def torch_contenders(config: Config, num_parameters: int) -> dict[str, dict[str,
     if on_gpu != (jax.default_backend() == "gpu"):
         print(f"only ours: JAX runs on {jax.default_backend()}, and PyTorch on {'a GPU' if on_gpu else 'the CPU'}")
         return {}
-    torch.set_float32_matmul_precision("high")  # TF32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+    if on_gpu:  # on a CPU the first would change the arithmetic too
+        torch.set_float32_matmul_precision("high")  # TF32
+        torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     return {
         f"torch{', compiled' if compiled else ''}{', channels_last' if last else ''}": torch_steps(

@@ -300,6 +300,8 @@ def from_dict(values: dict[str, Any]) -> Config:
     Raises:
         ConfigError: a field that does not exist, with the nearest one that does.
     """
+    if not isinstance(values, dict):
+        raise ConfigError(f"the config is {type(values).__name__}, not an object with fields")
     config = Config()
     for field, value in _flat(values).items():
         if field not in field_names():

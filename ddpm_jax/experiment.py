@@ -253,4 +253,7 @@ def write_config(workdir: str, config: Config) -> None:
     """Writes ``<workdir>/config.json``, on process 0."""
     if jax.process_index() == 0:
         text = json.dumps(config_lib.to_dict(config), indent=2)
-        images.write_atomically(epath.Path(workdir) / "config.json", text.encode())
+        try:
+            images.write_atomically(epath.Path(workdir) / "config.json", text.encode())
+        except OSError as error:
+            raise RunError(f"{workdir}: cannot be written ({error}); choose another --workdir") from None

@@ -65,6 +65,7 @@ def _check_overrides(argv: Sequence[str]) -> None:
     known = field_names()
     for argument in argv[1:]:
         name = argument.lstrip("-").partition("=")[0]
+        name = name.removeprefix("no") if name.startswith("noconfig.") else name
         if not argument.startswith("-") or not name.startswith("config."):
             continue
         field = name.removeprefix("config.")
@@ -81,14 +82,14 @@ def loaded_config(holder: flags.FlagHolder[Config]) -> Config:
 
     ml_collections loads the file when the flag is parsed and reports a missing one only here.
     """
+    config = holder.value
+    if config is None:
+        raise ConfigError(f"--{holder.name} is missing; for example --{holder.name} configs/digits.py")
     try:
-        config = holder.value
+        validate(config)
     except OSError:
         path = config_flags.get_config_filename(flags.FLAGS[holder.name])
         raise ConfigError(f"--{holder.name}={path}: there is no such file") from None
-    if config is None:
-        raise ConfigError(f"--{holder.name} is missing; for example --{holder.name} configs/digits.py")
-    validate(config)
     return config
 
 

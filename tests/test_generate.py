@@ -22,13 +22,14 @@ def by_class(scale, x_t, t, label=None):
     return scale * (2 * label / 3 - 1)[:, None, None, None] * jnp.ones_like(x_t)
 
 
+UNLABELLED = {"model.num_classes": 0, "model.label_dropout": 0.0, "diffusion.prediction": "eps"}
 WAVY, BY_CLASS = Partial(wavy, jnp.float32(1)), Partial(by_class, jnp.float32(1))
 
 
 @pytest.fixture
 def draw(make_config):
     def draw(denoise_fn=WAVY, fields=None, **options):
-        config = make_config({"model.num_classes": 0, "model.label_dropout": 0.0} | (fields or {}))
+        config = make_config(UNLABELLED | (fields or {}))
         schedule = experiment.make_schedule(config)
         return generate.draw(config, schedule, denoise_fn, training.make_mesh(), **{"seed": 0} | options)
 
@@ -93,7 +94,7 @@ def test_on_step_is_called_once_a_step_of_every_batch(draw, num_images, batch_si
 
 
 def test_a_chain_ends_in_the_pictures_that_draw_gives(make_config, draw):
-    config = make_config({"model.num_classes": 0, "model.label_dropout": 0.0})
+    config = make_config(UNLABELLED)
     chain = generate.draw_chain(
         config,
         experiment.make_schedule(config),
@@ -134,7 +135,7 @@ def test_load_tells_ema_from_raw_weights_and_one_step_from_another(trained):
 
 
 def test_load_names_what_is_missing(trained, tmp_path):
-    with pytest.raises(experiment.RunError, match="holds no run .*ddpm_jax.train"):
+    with pytest.raises(experiment.RunError, match=r"holds no run .*ddpm_jax\.train"):
         experiment.load(str(tmp_path))
     with pytest.raises(experiment.RunError, match="no checkpoint of step 11; its checkpoints are 5, 10, 12"):
         experiment.load(str(trained.workdir), step=11)

@@ -18,7 +18,8 @@ _BATCH = 64  # images handed over at once; the decoding itself is parallel by im
 @functools.cache
 def import_tensorflow() -> Any:
     """Import TensorFlow, quietly and blind to accelerators, whose memory is JAX's."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # no use for decoding, and announced in four lines
     import tensorflow as tf
 
     for kind in ("GPU", "TPU"):

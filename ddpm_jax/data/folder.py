@@ -102,9 +102,7 @@ def _read_with_pillow(path: str, image_size: int, channels: int) -> np.ndarray |
     try:
         with Image.open(path) as picture:
             return fit_picture(picture, image_size, channels)
-    except (
-        Exception
-    ):  # Pillow's plugins raise whatever they meet in a broken file: OSError, SyntaxError, struct.error …
+    except Exception:  # Pillow's plugins raise whatever they meet in a broken file: OSError, SyntaxError, …
         return None
 
 

@@ -183,9 +183,12 @@ def test_where_none_can_be_read_one_line_says_so_and_nothing_moves(tmp_path, dam
     for step in ("3", "5"):
         damage(tmp_path / "checkpoints" / step)
     before = files(tmp_path)
-    with training.open_checkpoints(str(tmp_path)) as checkpoints:
-        with pytest.raises(ValueError, match=r"none of its 2 checkpoints can be read \(step 5: .+\); ") as caught:
-            training.restore_latest(checkpoints, ABSTRACT)
+    message = r"none of its 2 checkpoints can be read \(step 5: .+\); "
+    with (
+        training.open_checkpoints(str(tmp_path)) as checkpoints,
+        pytest.raises(ValueError, match=message) as caught,
+    ):
+        training.restore_latest(checkpoints, ABSTRACT)
     assert "\n" not in str(caught.value)
     assert str(tmp_path / "checkpoints") in str(caught.value)
     assert files(tmp_path) == before
@@ -196,9 +199,11 @@ def test_a_reader_moves_nothing(tmp_path):
     write(tmp_path, 3, 5)
     truncate(tmp_path / "checkpoints" / "5")
     before = files(tmp_path)
-    with training.open_checkpoints(str(tmp_path), read_only=True) as checkpoints:
-        with pytest.warns(UserWarning, match="checkpoint 5 is damaged") as caught:
-            assert_same(training.restore_latest(checkpoints, ABSTRACT), state_of(3))
+    with (
+        training.open_checkpoints(str(tmp_path), read_only=True) as checkpoints,
+        pytest.warns(UserWarning, match="checkpoint 5 is damaged") as caught,
+    ):
+        assert_same(training.restore_latest(checkpoints, ABSTRACT), state_of(3))
     assert not any("moved" in str(w.message) for w in caught)
     assert files(tmp_path) == before
     assert not (tmp_path / "damaged_checkpoints").exists()
