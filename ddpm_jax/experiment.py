@@ -47,9 +47,11 @@ def make_schedule(config: Config) -> diffusion.Schedule:
 def make_model(config: Config) -> models.UNet:
     """The network."""
     settings = config.model
-    width = settings.base_channels * max(settings.channel_mults)
+    levels = list(enumerate(settings.channel_mults))
+    attending = [m for i, m in levels if config.data.image_size // 2**i in settings.attention_resolutions]
+    widths = [settings.base_channels * mult for mult in (*attending, settings.channel_mults[-1])]
     try:
-        models.check_attention(settings.attention, width, compute_dtype(config), jax.default_backend())
+        models.check_attention(settings.attention, widths, compute_dtype(config), jax.devices()[0])
     except ValueError as error:
         raise ConfigError(f"config.{error}") from None
     return models.UNet(
@@ -90,21 +92,21 @@ def make_loss_fn(config: Config, model: models.UNet, schedule: diffusion.Schedul
     settings = config.diffusion
     num_timesteps = settings.num_timesteps
 
-    def draw(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        t_key, eps_key, label_key = jax.random.split(key, 3)
+    def draw(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        t_key, eps_key, label_key, dropout_key = jax.random.split(key, 4)
         t = jax.random.randint(t_key, (), 0, num_timesteps)
         eps = jax.random.normal(eps_key, image_shape(config))
-        return t, eps, jax.random.bernoulli(label_key, config.model.label_dropout)
+        return t, eps, jax.random.bernoulli(label_key, config.model.label_dropout), dropout_key
 
     def loss_fn(params: training.Params, batch: training.Batch, keys: jax.Array) -> tuple[jax.Array, training.Metrics]:
-        t, eps, unlabelled = jax.vmap(draw)(keys)
+        t, eps, unlabelled, dropout_keys = jax.vmap(draw)(keys)
         x0 = images.to_float(batch["image"])
         x_t = diffusion.q_sample(schedule, x0, t, eps)
         label = None
         if config.model.num_classes:
             label = jnp.where(unlabelled, config.model.num_classes, batch["label"])
-        dropout_key = jax.random.fold_in(keys[0], num_timesteps)
-        output: Any = model.apply({"params": params}, x_t, t, label, train=True, rngs={"dropout": dropout_key})
+        rngs = {"dropout": dropout_keys[0]}  # Linen draws one mask for the whole batch
+        output: Any = model.apply({"params": params}, x_t, t, label, train=True, rngs=rngs)
         target = diffusion.target(settings.prediction, schedule, x0, eps, t)
         losses = diffusion.loss(settings.loss, output, target)
         losses *= diffusion.weight(settings.loss_weight, settings.prediction, schedule, t)
@@ -209,6 +211,8 @@ def load(workdir: str, weights: str = "ema", step: int | None = None) -> Run:
     config = read_config(workdir)
     if config is None:
         raise RunError(f"{workdir}: holds no run (config.json is missing); train one with python -m ddpm_jax.train")
+    if jax.default_backend() != "gpu":
+        config.model.attention = "xla"  # the same function: a run trained with cuDNN is read anywhere
     model = make_model(config)
     optimizer, _ = make_optimizer(config)
     mesh = training.make_mesh()
@@ -219,7 +223,10 @@ def load(workdir: str, weights: str = "ema", step: int | None = None) -> Run:
             listed = f"its checkpoints are {', '.join(map(str, steps))}" if steps else "it has no checkpoint yet"
             raise RunError(f"{workdir}: no checkpoint{'' if step is None else f' of step {step}'}; {listed}")
         try:
-            state = training.restore_latest(checkpoints, abstract, steps=steps if step is None else [step])
+            if step is None:
+                state = training.restore_latest(checkpoints, abstract, move_damaged=False)
+            else:
+                state = training.restore(checkpoints, step, abstract)
         except ValueError as error:
             raise RunError(str(error)) from None
     assert state is not None  # there are steps to choose from
@@ -233,7 +240,9 @@ def read_config(workdir: str) -> Config | None:
     if not path.exists():
         return None
     try:
-        return config_lib.from_dict(json.loads(path.read_text()))
+        config = config_lib.from_dict(json.loads(path.read_text()))
+        config_lib.validate(config)
+        return config
     except ValueError as error:  # no UTF-8, no JSON, or no config
         raise RunError(f"{path}: {error}; restore it from a copy, or use another workdir") from None
 

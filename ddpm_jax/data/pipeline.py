@@ -67,15 +67,19 @@ def index_batches(
     random_flip: bool = True,
     process_index: int = 0,
     process_count: int = 1,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Serve the order alone, for a set that lies on the device: dict(index=int32 [b], flip=bool [b]).
 
     Image i of `batches` with the same arguments is image `index[i]`, mirrored left to right where `flip[i]`.
     Arguments and errors are those of `batches`.
     """
     order = _order(num_images, seed, batch_size, random_flip, process_index, process_count)
-    steps = map(order, itertools.count(first_step))
-    return ({"index": indices.astype(np.int32), "flip": flips} for indices, flips in steps)
+
+    def serve() -> Generator[Batch, None, None]:
+        for indices, flips in map(order, itertools.count(first_step)):
+            yield {"index": indices.astype(np.int32), "flip": flips}
+
+    return serve()
 
 
 def _order(

@@ -1,6 +1,7 @@
 """Host to device: one global array a field, one batch ahead; and batches that are gathered on the device."""
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Generator, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from ddpm_jax.data.image_set import ImageSet
 
 
 def device_batches(
-    batches: Iterator[dict[str, np.ndarray]],
+    batches: Generator[dict[str, np.ndarray], None, None],
     sharding: jax.sharding.NamedSharding,
     resident: dict[str, jax.Array] | None = None,
 ) -> Iterator[dict[str, jax.Array]]:
@@ -26,13 +27,14 @@ def device_batches(
         arrays = {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
         return arrays | (resident or {})
 
-    ahead: dict[str, jax.Array] | None = None
-    for batch in batches:
-        now, ahead = ahead, send(batch)  # the transfer is asynchronous
-        if now is not None:
-            yield now
-    if ahead is not None:
-        yield ahead
+    with contextlib.closing(batches):
+        ahead: dict[str, jax.Array] | None = None
+        for batch in batches:
+            now, ahead = ahead, send(batch)  # the transfer is asynchronous
+            if now is not None:
+                yield now
+        if ahead is not None:
+            yield ahead
 
 
 def put_images(image_set: ImageSet, sharding: jax.sharding.NamedSharding) -> dict[str, jax.Array]:

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-NUM_GROUPS = 32
+MAX_GROUPS = 32
 NORM_EPSILON = 1e-6
 REMATS = ("none", "blocks", "dots")
 ATTENTIONS = ("xla", "cudnn")
@@ -23,8 +23,8 @@ class UNet(nn.Module):
     """Predicts eps, x0 or v from a noisy image, its timestep and, where ``num_classes`` > 0, its class.
 
     With the defaults and 3 channels it is the CIFAR-10 network of Ho et al., 35.7 M parameters. Parameters are float32;
-    convolutions and matrix products run in ``dtype``; group statistics, softmax, time embedding and the output are
-    float32.
+    convolutions and matrix products run in ``dtype``; group statistics, softmax, the sinusoids of t and the last
+    convolution are float32.
 
     Attributes:
         out_channels: channels of the output, which are those of the image.
@@ -95,9 +95,9 @@ class UNet(nn.Module):
                 h = h.repeat(2, axis=1).repeat(2, axis=2)  # nearest neighbour
                 h = conv(h.shape[-1], dtype=self.dtype, name=f"up_{level}_upsample")(h)
 
-        h = nn.silu(group_norm(h, self.dtype, name="norm_out"))
-        h = conv(self.out_channels, kernel_init=zero_init, dtype=self.dtype, name="conv_out")(h)
-        return h.astype(jnp.float32)
+        # Few channels, so float32 is nearly free here, and the output keeps more than bfloat16's eight bits.
+        h = nn.silu(group_norm(h, jnp.float32, name="norm_out"))
+        return conv(self.out_channels, kernel_init=zero_init, dtype=jnp.float32, name="conv_out")(h)
 
     def _embed(self, t: jax.Array, label: jax.Array | None) -> jax.Array:
         """[B 4 base_channels]: sinusoids of t through an MLP, plus a learned vector a class."""
@@ -179,8 +179,15 @@ def timestep_embedding(t: jax.Array, dim: int) -> jax.Array:
 
 
 def group_norm(x: jax.Array, dtype: Any, name: str) -> jax.Array:
-    """GroupNorm with 32 groups, or as many as divide a width that 32 does not divide."""
-    num_groups = math.gcd(NUM_GROUPS, x.shape[-1])
+    """GroupNorm with 32 groups; fewer where the width is below 128 or not divisible by 32.
+
+    A group holds at least four channels, as in score_sde: one of a single channel would subtract again the shift by
+    which a block is told the time and the class.
+    """
+    channels = x.shape[-1]
+    num_groups = math.gcd(MAX_GROUPS, channels)
+    while num_groups > 1 and channels // num_groups < 4:
+        num_groups //= 2
     return nn.GroupNorm(num_groups, epsilon=NORM_EPSILON, dtype=dtype, name=name)(x)
 
 
@@ -189,19 +196,24 @@ def conv(channels: int, *, strides: int = 1, kernel_init: Any = default_init, dt
     return nn.Conv(channels, (3, 3), strides, padding="SAME", kernel_init=kernel_init, dtype=dtype, name=name)
 
 
-def check_attention(implementation: str, head_width: int, dtype: Any, platform: str) -> None:
-    """Refuses an attention implementation that cannot run a head of this width and dtype on this platform."""
+def check_attention(implementation: str, head_widths: Sequence[int], dtype: Any, device: jax.Device) -> None:
+    """Refuses an attention implementation that cannot run heads of these widths and this dtype on this device."""
     if implementation not in ATTENTIONS:
         raise ValueError(f"model.attention={implementation!r}: choose one of {', '.join(ATTENTIONS)}")
     if implementation == "xla":
         return
     problem = None
-    if platform not in ("gpu", "cuda"):
-        problem = f"cuDNN needs an NVIDIA GPU, and this is {platform}"
+    hopper = float(getattr(device, "compute_capability", 0)) >= 9
+    widest = 256 if hopper else 128
+    unfit = [width for width in head_widths if width % 8 or width > widest]
+    if device.platform != "gpu":
+        problem = f"cuDNN needs an NVIDIA GPU, and this is {device.platform}"
     elif jnp.dtype(dtype) != jnp.bfloat16:
         problem = f"cuDNN takes bfloat16, and dtype={jnp.dtype(dtype).name}"
-    elif head_width % 8 or head_width > 256:
-        problem = f"cuDNN takes head widths in steps of 8 to 128 (256 on Hopper), and the width here is {head_width}"
+    elif unfit:
+        problem = (
+            f"cuDNN takes head widths in steps of 8 to {widest} on a {device.device_kind}, and one here is {unfit[0]}"
+        )
     if problem:
         raise ValueError(f"model.attention='cudnn': {problem}; use 'xla'")
 

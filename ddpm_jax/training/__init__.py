@@ -1,6 +1,6 @@
 """The train step and what surrounds it: state, optimizer, mesh, checkpoints, metrics."""
 
-from ddpm_jax.training.checkpoint import open_checkpoints, restore_latest, save
+from ddpm_jax.training.checkpoint import open_checkpoints, restore, restore_latest, save
 from ddpm_jax.training.log import Log
 from ddpm_jax.training.mesh import batch_sharding, make_mesh, replicated
 from ddpm_jax.training.metrics import MetricsWriter, summarize
@@ -29,6 +29,7 @@ __all__ = [
     "new_state",
     "open_checkpoints",
     "replicated",
+    "restore",
     "restore_latest",
     "save",
     "stop_signal",

@@ -2,12 +2,12 @@
 
 import time
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
 from ddpm_jax.training.state import TrainState
 
@@ -48,53 +48,62 @@ def save(checkpoints: ocp.CheckpointManager, state: TrainState) -> None:
 
 
 def restore_latest(
-    checkpoints: ocp.CheckpointManager, abstract_state: TrainState, steps: Sequence[int] | None = None
+    checkpoints: ocp.CheckpointManager, abstract_state: TrainState, *, move_damaged: bool = True
 ) -> TrainState | None:
     """The newest state that can be read, on the shardings of ``abstract_state``; None where there is no checkpoint.
 
-    A damaged checkpoint is passed over with a warning and, unless the checkpoints are read-only, moved aside to
-    ``damaged_checkpoints/``, because Orbax refuses to save a step below one that it sees.
+    A damaged checkpoint is passed over with a warning.
 
     Args:
         checkpoints: from ``open_checkpoints``.
         abstract_state: shapes, dtypes and shardings.
-        steps: those to choose from; None is all.
+        move_damaged: move what was passed over to ``damaged_checkpoints/``. Whoever goes on to save needs this, because
+            Orbax silently refuses to save a step below one that it sees.
 
     Raises:
         ValueError: there are checkpoints and none can be read; nothing is moved then.
     """
     damaged: list[tuple[int, str]] = []
-    for step in sorted(checkpoints.all_steps() if steps is None else steps, reverse=True):
+    for step in sorted(checkpoints.all_steps(), reverse=True):
         try:
             state = restore(checkpoints, step, abstract_state)
-        except Exception as error:  # Orbax raises what its storage raises: OSError, ValueError, KeyError, …
-            damaged.append((step, str(error).strip().partition("\n")[0][:200]))
+        except ValueError as error:
+            damaged.append((step, str(error)))
             continue
         for bad_step, reason in damaged:
-            _pass_over(checkpoints, bad_step, reason)
+            where = "; moved to damaged_checkpoints/" if move_damaged else ""
+            warnings.warn(f"{reason}{where}; using the one before it", stacklevel=2)
+            if move_damaged:
+                _move_aside(checkpoints, bad_step)
         if damaged:
             checkpoints.reload()
         return state
     if damaged:
         raise ValueError(
-            f"{checkpoints.directory}: none of its {len(damaged)} checkpoints can be read "
-            f"(step {damaged[0][0]}: {damaged[0][1]}); restore one from a copy, or start in another workdir"
+            f"{checkpoints.directory}: none of its {len(damaged)} checkpoints can be read: {damaged[0][1]}; "
+            "restore one from a copy, or start in another workdir"
         )
     return None
 
 
 def restore(checkpoints: ocp.CheckpointManager, step: int, abstract_state: Any) -> Any:
-    """The state of one step, on the shardings of ``abstract_state``."""
+    """The state of one step, on the shardings of ``abstract_state``.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
     args = ocp.args.Composite(**{_ITEM: ocp.args.StandardRestore(abstract_state)})
-    return checkpoints.restore(step, args=args)[_ITEM]
+    try:
+        return checkpoints.restore(step, args=args)[_ITEM]
+    except Exception as error:  # what the storage raises: OSError, ValueError, KeyError, …
+        reason = str(error).strip().partition("\n")[0][:200]
+        raise ValueError(f"checkpoint {step} is damaged ({reason})") from error
 
 
-def _pass_over(checkpoints: ocp.CheckpointManager, step: int, reason: str) -> None:
+def _move_aside(checkpoints: ocp.CheckpointManager, step: int) -> None:
     directory = epath.Path(checkpoints.directory)
-    target = directory.parent / "damaged_checkpoints" / f"{step}_{int(time.time())}"
-    movable = not checkpoints._options.read_only
-    where = f"; moved to {target}" if movable else ""
-    warnings.warn(f"checkpoint {step} is damaged ({reason}){where}; using the one before it", stacklevel=3)
-    if movable and jax.process_index() == 0:
+    if jax.process_index() == 0:
+        target = directory.parent / "damaged_checkpoints" / f"{step}_{int(time.time())}"
         target.parent.mkdir(parents=True, exist_ok=True)
         (directory / str(step)).rename(target)
+    multihost_utils.sync_global_devices(f"moved checkpoint {step} aside")

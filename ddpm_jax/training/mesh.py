@@ -17,11 +17,13 @@ def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
         ValueError: the devices do not suffice, or fsdp does not divide them.
     """
     devices = jax.devices()
+    if fsdp < 1 or (data < 1 and data != -1):
+        raise ValueError(f"mesh.data={data}, mesh.fsdp={fsdp}: must be positive; data = -1 is all the rest")
     if data == -1:
         if len(devices) % fsdp:
             raise ValueError(f"mesh.fsdp={fsdp}: does not divide the {len(devices)} devices")
         data = len(devices) // fsdp
-    if data < 1 or data * fsdp > len(devices):
+    if data * fsdp > len(devices):
         raise ValueError(
             f"mesh.data={data}, mesh.fsdp={fsdp}: need {data * fsdp} devices, and there are {len(devices)}"
         )

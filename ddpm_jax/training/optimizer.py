@@ -10,6 +10,8 @@ LearningRate = Callable[[jax.Array], jax.Array]
 
 def make_learning_rate(peak: float, *, warmup_steps: int, decay: str, num_steps: int) -> LearningRate:
     """Linear from 0 to ``peak`` over warmup_steps, then constant, or half a cosine down to 0 at num_steps."""
+    if decay not in ("constant", "cosine"):
+        raise ValueError(f"optimizer.lr_decay={decay!r}: choose one of constant, cosine")
     if decay == "cosine":
         # optax wants the decay to end after the warm-up, also in a run that is shorter than its warm-up.
         last_step = max(num_steps, warmup_steps + 1)

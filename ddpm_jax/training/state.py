@@ -24,7 +24,10 @@ class TrainState(NamedTuple):
 
 
 def new_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """Step 0 for some parameters; their average starts as a copy of them."""
+    """Step 0 for some parameters; their average starts as a copy of them.
+
+    The state holds ``params`` itself: a donated first step deletes the caller's arrays.
+    """
     # Two zeros and a true copy, not the same array twice: a donated state must not hold a buffer under two names.
     ema_params = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
     return TrainState(jnp.zeros((), jnp.int32), params, ema_params, optimizer.init(params), jnp.zeros((), jnp.int32))

@@ -129,7 +129,7 @@ def _gradient(
         lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, *jax.tree.map(lambda x: x[0], parts))
     )
     ((loss, sums), grads), _ = jax.lax.scan(add, zeros, parts)
-    accumulate = keys.shape[0] / jax.tree.leaves(parts)[0].shape[1]
+    accumulate = jax.tree.leaves(parts)[0].shape[0]
     return loss / accumulate, sums, jax.tree.map(lambda g: g / accumulate, grads)
 
 

@@ -1,6 +1,7 @@
 import functools
 import itertools
 import math
+from types import SimpleNamespace
 
 import flax
 import flax.linen as nn
@@ -172,8 +173,6 @@ def test_group_norm_epsilon_is_that_of_ho_et_al():
 @pytest.mark.parametrize("channels", [8, 16, 32, 48, 64])
 def test_group_norm_leaves_a_shift_of_each_channel(channels):
     """A group of one channel would take the time and the class away, which a block adds to every pixel alike."""
-    if channels <= 32:
-        pytest.xfail("gcd(32, channels) groups: one channel each")
     x = np.asarray(jax.random.normal(jax.random.key(0), (1, 4, 4, channels)))
     shift = np.asarray(jax.random.normal(jax.random.key(1), (channels,)))
     assert np.abs(normalised(x + shift) - normalised(x)).mean() > 0.1
@@ -389,6 +388,14 @@ def test_an_unknown_remat_is_refused():
 # Attention implementations
 
 
+def device(kind):
+    """What `check_attention` reads of a jax.Device."""
+    if kind in ("gpu", "hopper"):
+        capability = {"gpu": "8.0", "hopper": "9.0"}[kind]
+        return SimpleNamespace(platform="gpu", device_kind=kind, compute_capability=capability)
+    return SimpleNamespace(platform=kind, device_kind=kind)
+
+
 @pytest.mark.parametrize(
     ("implementation", "width", "dtype", "platform", "message"),
     [
@@ -396,20 +403,21 @@ def test_an_unknown_remat_is_refused():
         ("cudnn", 64, "bfloat16", "cpu", r"^model\.attention='cudnn': .*this is cpu; use 'xla'$"),
         ("cudnn", 64, "bfloat16", "tpu", "this is tpu"),
         ("cudnn", 64, "float32", "gpu", "bfloat16, and dtype=float32"),
-        ("cudnn", 60, "bfloat16", "gpu", "width here is 60"),
-        ("cudnn", 512, "bfloat16", "gpu", "width here is 512"),
+        ("cudnn", 60, "bfloat16", "gpu", "one here is 60"),
+        ("cudnn", 512, "bfloat16", "hopper", "to 256 on a hopper, and one here is 512"),
+        ("cudnn", 256, "bfloat16", "gpu", "to 128 on a gpu, and one here is 256"),
     ],
 )
 def test_an_attention_that_cannot_run_is_refused(implementation, width, dtype, platform, message):
     with pytest.raises(ValueError, match=message):
-        check_attention(implementation, width, dtype, platform)
+        check_attention(implementation, [64, width], dtype, device(platform))
 
 
 def test_an_attention_that_can_run_is_not():
-    check_attention("xla", 60, "float32", "cpu")
-    check_attention("xla", 1024, jnp.float32, "tpu")
-    check_attention("cudnn", 128, jnp.bfloat16, "gpu")
-    check_attention("cudnn", 256, "bfloat16", "gpu")
+    check_attention("xla", [60], "float32", device("cpu"))
+    check_attention("xla", [1024], jnp.float32, device("tpu"))
+    check_attention("cudnn", [64, 128], jnp.bfloat16, device("gpu"))
+    check_attention("cudnn", [256], "bfloat16", device("hopper"))
 
 
 # Beside diffusers: the same network, written by others
