@@ -11,15 +11,19 @@ from ddpm_jax import data, experiment, train, training
 from ddpm_jax.config import Config, DataConfig, ModelConfig, TrainConfig, validate
 
 
-def add_flags(parser: argparse.ArgumentParser, *, base: int, size: int, batch: int, mults: tuple[int, ...]) -> None:
-    """--batch, --size, --base, --mults, --attention_at, --dropout, --dtype, with the defaults given."""
+def add_flags(
+    parser: argparse.ArgumentParser, *, base: int, size: int, batch: int, mults: tuple[int, ...], attention_at: int = 16
+) -> None:
+    """--batch, --size, --base, --mults, --attention_at, --dropout, --dtype …, with the defaults given."""
     parser.add_argument("--batch", type=int, default=batch, help="images in a batch (%(default)s)")
     parser.add_argument("--size", type=int, default=size, help="height and width of an image (%(default)s)")
     parser.add_argument("--base", type=int, default=base, help="channels of the first level (%(default)s)")
     parser.add_argument(
         "--mults", type=int, nargs="+", default=mults, help="channel factor of each level (%(default)s)"
     )
-    parser.add_argument("--attention_at", type=int, default=16, help="height of the level with attention (%(default)s)")
+    parser.add_argument(
+        "--attention_at", type=int, default=attention_at, help="height of the level with attention (%(default)s)"
+    )
     parser.add_argument("--attention", default="xla", choices=("xla", "cudnn"), help="its implementation (%(default)s)")
     parser.add_argument("--dropout", type=float, default=0.1, help="(%(default)s)")
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"

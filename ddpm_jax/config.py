@@ -39,6 +39,7 @@ class ModelConfig:
     num_res_blocks: int = 2
     attention_resolutions: tuple[int, ...] = (16,)
     attention: str = "xla"  # or cudnn
+    num_groups: int = 32  # of the group norms
     dropout: float = 0.0
     num_classes: int = 0  # 0: no labels
     label_dropout: float = 0.0  # share of examples trained without their label, for guidance
@@ -142,6 +143,7 @@ _POSITIVE = [
     "data.image_size",
     "model.base_channels",
     "model.num_res_blocks",
+    "model.num_groups",
     "diffusion.num_timesteps",
     "optimizer.learning_rate",
     "train.batch_size",

@@ -60,6 +60,7 @@ def make_model(config: Config) -> models.UNet:
         channel_mults=tuple(settings.channel_mults),
         num_res_blocks=settings.num_res_blocks,
         attention_resolutions=tuple(settings.attention_resolutions),
+        num_groups=settings.num_groups,
         dropout=settings.dropout,
         num_classes=settings.num_classes,
         attention=settings.attention,

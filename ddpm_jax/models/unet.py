@@ -9,7 +9,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-MAX_GROUPS = 32
 NORM_EPSILON = 1e-6
 REMATS = ("none", "blocks", "dots")
 ATTENTIONS = ("xla", "cudnn")
@@ -32,6 +31,7 @@ class UNet(nn.Module):
         channel_mults: one factor a level; each level but the last halves the image.
         num_res_blocks: residual blocks a level on the way down; one more on the way up.
         attention_resolutions: heights of the levels whose blocks are followed by attention. The middle always has it.
+        num_groups: of every group norm; layers with no more channels than that take groups of four channels.
         dropout: rate, before the second convolution of each block.
         num_classes: 0 for an unconditional network. Label ``num_classes`` stands for "no label".
         attention: "xla" or "cudnn", the implementation of ``jax.nn.dot_product_attention``.
@@ -45,6 +45,7 @@ class UNet(nn.Module):
     channel_mults: Sequence[int] = (1, 2, 2, 2)
     num_res_blocks: int = 2
     attention_resolutions: Sequence[int] = (16,)
+    num_groups: int = 32
     dropout: float = 0.0
     num_classes: int = 0
     attention: str = "xla"
@@ -63,9 +64,10 @@ class UNet(nn.Module):
         """
         self._check(x_t, label)
         # `train` is argument 3 of a residual block, the module itself being 0.
-        block = functools.partial(_with_remat(ResBlock, self.remat, (3,)), dropout=self.dropout, dtype=self.dtype)
+        common = {"num_groups": self.num_groups, "dtype": self.dtype}
+        block = functools.partial(_with_remat(ResBlock, self.remat, (3,)), dropout=self.dropout, **common)
         attention = _with_remat(AttentionBlock, self.remat)
-        attend = functools.partial(attention, implementation=self.attention, dtype=self.dtype)
+        attend = functools.partial(attention, implementation=self.attention, **common)
         embedding = self._embed(t, label)
         last_level = len(self.channel_mults) - 1
 
@@ -96,7 +98,7 @@ class UNet(nn.Module):
                 h = conv(h.shape[-1], dtype=self.dtype, name=f"up_{level}_upsample")(h)
 
         # Few channels, so float32 is nearly free here, and the output keeps more than bfloat16's eight bits.
-        h = nn.silu(group_norm(h, jnp.float32, name="norm_out"))
+        h = nn.silu(group_norm(h, self.num_groups, jnp.float32, name="norm_out"))
         return conv(self.out_channels, kernel_init=zero_init, dtype=jnp.float32, name="conv_out")(h)
 
     def _embed(self, t: jax.Array, label: jax.Array | None) -> jax.Array:
@@ -125,19 +127,20 @@ class ResBlock(nn.Module):
     """norm, silu, conv, + time, norm, silu, dropout, conv, + shortcut; the last convolution starts at zero."""
 
     channels: int
+    num_groups: int
     dropout: float
     dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array, embedding: jax.Array, train: bool) -> jax.Array:
         """x [B H W C] and embedding [B D] -> [B H W channels]."""
-        h = nn.silu(group_norm(x, self.dtype, name="norm_0"))
+        h = nn.silu(group_norm(x, self.num_groups, self.dtype, name="norm_0"))
         h = conv(self.channels, dtype=self.dtype, name="conv_0")(h)
         time = nn.Dense(self.channels, kernel_init=default_init, dtype=self.dtype, name="time_dense")(
             nn.silu(embedding)
         )
         h += time[:, None, None, :]
-        h = nn.silu(group_norm(h, self.dtype, name="norm_1"))
+        h = nn.silu(group_norm(h, self.num_groups, self.dtype, name="norm_1"))
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
         h = conv(self.channels, kernel_init=zero_init, dtype=self.dtype, name="conv_1")(h)
         if x.shape[-1] != self.channels:
@@ -148,6 +151,7 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Self-attention over the pixels, one head, scale C^-1/2; the projection starts at zero."""
 
+    num_groups: int
     implementation: Any  # "xla" or "cudnn"
     dtype: Any
 
@@ -155,7 +159,7 @@ class AttentionBlock(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B H W C] -> [B H W C]."""
         batch, height, width, channels = x.shape
-        h = group_norm(x, self.dtype, name="norm").reshape(batch, height * width, 1, channels)
+        h = group_norm(x, self.num_groups, self.dtype, name="norm").reshape(batch, height * width, 1, channels)
         dense = functools.partial(nn.Dense, channels, dtype=self.dtype)
         query, key, value = (dense(kernel_init=default_init, name=name)(h) for name in ("query", "key", "value"))
         # Logits and softmax are float32 inside, whatever the dtype of the operands.
@@ -178,17 +182,16 @@ def timestep_embedding(t: jax.Array, dim: int) -> jax.Array:
     return jnp.pad(jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1), ((0, 0), (0, dim % 2)))
 
 
-def group_norm(x: jax.Array, dtype: Any, name: str) -> jax.Array:
-    """GroupNorm with 32 groups; fewer where the width is below 128 or not divisible by 32.
+def group_norm(x: jax.Array, num_groups: int, dtype: Any, name: str) -> jax.Array:
+    """GroupNorm; where ``num_groups`` would leave a group a single channel, groups of four channels.
 
-    A group holds at least four channels, as in score_sde: one of a single channel would subtract again the shift by
-    which a block is told the time and the class.
+    A group of one would subtract again the shift by which a block is told the time and the class.
     """
     channels = x.shape[-1]
-    num_groups = math.gcd(MAX_GROUPS, channels)
-    while num_groups > 1 and channels // num_groups < 4:
-        num_groups //= 2
-    return nn.GroupNorm(num_groups, epsilon=NORM_EPSILON, dtype=dtype, name=name)(x)
+    groups = math.gcd(num_groups, channels)
+    if groups == channels:
+        groups = math.gcd(groups, max(channels // 4, 1))
+    return nn.GroupNorm(groups, epsilon=NORM_EPSILON, dtype=dtype, name=name)(x)
 
 
 def conv(channels: int, *, strides: int = 1, kernel_init: Any = default_init, dtype: Any, name: str) -> nn.Conv:
@@ -203,8 +206,7 @@ def check_attention(implementation: str, head_widths: Sequence[int], dtype: Any,
     if implementation == "xla":
         return
     problem = None
-    hopper = float(getattr(device, "compute_capability", 0)) >= 9
-    widest = 256 if hopper else 128
+    widest = 256 if str(getattr(device, "compute_capability", "")).startswith("9.") else 128
     unfit = [width for width in head_widths if width % 8 or width > widest]
     if device.platform != "gpu":
         problem = f"cuDNN needs an NVIDIA GPU, and this is {device.platform}"

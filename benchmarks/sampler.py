@@ -1,0 +1,59 @@
+"""A sampled chain beside its network calls alone: S steps of the one compiled scan, and S bare calls.
+
+    python -m benchmarks.sampler --steps 50
+    python -m benchmarks.sampler --base 64 --size 32 --mults 1 2 2 2 --steps 20       # the 9 M-parameter network
+
+The bare calls are of the jitted ``denoise_fn`` with the same arguments, dispatched one after another and waited for
+at the end. The chains are DDIM and DDPM, each with and without the ``on_step`` callback of a progress bar. All take
+turns. The project's target: a chain within 5 % of its bare calls.
+
+Prints ms a step, and chain / calls: the ratio of medians with the quartiles over the rounds.
+"""
+
+import argparse
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import network, timing
+from ddpm_jax import diffusion, experiment
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    network.add_flags(parser, base=32, size=16, batch=16, mults=(1, 2, 2), attention_at=8)
+    parser.add_argument("--steps", type=int, default=50, help="S (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=15, help="(%(default)s)")
+    args = parser.parse_args()
+    config = network.make_config(args)
+    model, schedule = experiment.make_model(config), experiment.make_schedule(config)
+    params = jax.jit(experiment.make_init_fn(config, model))(jax.random.key(0))
+    denoise_fn = experiment.make_denoise_fn(model, params)
+    x_T = jax.random.normal(jax.random.key(1), (args.batch, *experiment.image_shape(config)))
+    keys = jax.random.split(jax.random.key(2), args.batch)  # one an image, as `generate.draw` does
+    t = jnp.full(x_T.shape[:1], 500)
+    denoise = jax.jit(lambda fn, x_t, t: fn(x_t, t))
+
+    def calls() -> jax.Array:
+        return [denoise(denoise_fn, x_T, t) for _ in range(args.steps)][-1]
+
+    def chain(**options: Any) -> jax.Array:
+        return diffusion.sample(denoise_fn, schedule, x_T, keys, num_steps=args.steps, **options)
+
+    contenders = {"calls": calls}
+    for method in diffusion.METHODS:
+        contenders[method] = lambda method=method: chain(method=method)
+        contenders[f"{method}, on_step"] = lambda method=method: chain(method=method, on_step=lambda i: None)
+    timings = timing.alternate(contenders, args.rounds)
+    print(f"{timing.machine()}; {sum(x.size for x in jax.tree.leaves(params)):,} parameters, {args.dtype}")
+    print(f"{args.steps} steps of [{args.batch} {args.size} {args.size} 3], {args.rounds} rounds")
+    for name, seconds in timings.items():
+        a_step = timing.Timing([x / args.steps for x in seconds.seconds])
+        ratio = "" if name == "calls" else f"   chain / calls {timing.times(seconds.over(timings['calls']))}"
+        print(f"  {name:14}{timing.milliseconds(a_step):>28} ms a step{ratio}")
+
+
+if __name__ == "__main__":
+    main()
