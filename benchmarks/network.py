@@ -62,7 +62,7 @@ class Trainer:
     def __init__(self, config: Config):
         """Initialises the state; compiles nothing but that."""
         mesh = experiment.make_mesh(config)
-        self.setup = train._Setup(config, mesh)
+        self.setup = train.Setup(config, mesh)
         self.state = training.init_state(self.setup.init_fn, self.setup.optimizer, mesh, self.setup.key)
         shapes = self.setup.abstract_batch(num_images=1024)
         self.batch = {name: jax.device_put(_random(name, x, config), x.sharding) for name, x in shapes.items()}

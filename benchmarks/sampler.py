@@ -11,6 +11,8 @@ Prints ms a step, and chain / calls: the ratio of medians with the quartiles ove
 """
 
 import argparse
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -42,10 +44,10 @@ def main() -> None:
     def chain(**options: Any) -> jax.Array:
         return diffusion.sample(denoise_fn, schedule, x_T, keys, num_steps=args.steps, **options)
 
-    contenders = {"calls": calls}
+    contenders: dict[str, Callable[[], jax.Array]] = {"calls": calls}
     for method in diffusion.METHODS:
-        contenders[method] = lambda method=method: chain(method=method)
-        contenders[f"{method}, on_step"] = lambda method=method: chain(method=method, on_step=lambda i: None)
+        contenders[method] = functools.partial(chain, method=method)
+        contenders[f"{method}, on_step"] = functools.partial(chain, method=method, on_step=lambda i: None)
     timings = timing.alternate(contenders, args.rounds)
     print(f"{timing.machine()}; {sum(x.size for x in jax.tree.leaves(params)):,} parameters, {args.dtype}")
     print(f"{args.steps} steps of [{args.batch} {args.size} {args.size} 3], {args.rounds} rounds")

@@ -46,9 +46,9 @@ def our_steps(config: Config) -> tuple[dict[str, Callable[[], object]], float, i
     t = jnp.full(x_t.shape[:1], 500)
     # Parameters are arguments, as in the sampler; `denoise_fn` is a pytree.
     denoise = jax.jit(lambda fn, x_t, t: fn(x_t, t))
-    flops = denoise.lower(denoise_fn, x_t, t).cost_analysis()["flops"]
+    cost: Any = denoise.lower(denoise_fn, x_t, t).cost_analysis()
     steps = {KINDS[0]: trainer.step, KINDS[1]: lambda: denoise(denoise_fn, x_t, t)}
-    return steps, flops, trainer.num_parameters
+    return steps, cost["flops"], trainer.num_parameters
 
 
 def torch_model(config: Config) -> Any:

@@ -9,14 +9,14 @@ import types
 import typing
 from typing import Any
 
-from ddpm_jax import diffusion
+from ddpm_jax import diffusion, models
 
 
 class ConfigError(ValueError):
     """A field has a value that cannot work; the message is one line with the field, the value and the remedy."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class DataConfig:
     """Where the images come from."""
 
@@ -29,7 +29,7 @@ class DataConfig:
     placement: str = "host"  # host: tf.data or numpy serve batches; device: the whole set lies in accelerator memory
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class ModelConfig:
     """The network; see ``models.UNet``."""
 
@@ -45,7 +45,7 @@ class ModelConfig:
     label_dropout: float = 0.0  # share of examples trained without their label, for guidance
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class DiffusionConfig:
     """The forward process and the loss."""
 
@@ -57,7 +57,7 @@ class DiffusionConfig:
     loss_weight: str = "uniform"  # or min_snr
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class OptimizerConfig:
     """Adam (AdamW where weight_decay > 0) and the average of the parameters."""
 
@@ -70,7 +70,7 @@ class OptimizerConfig:
     ema_start: int = 0  # until this step the average is a copy of the parameters
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class TrainConfig:
     """The length of a run, its rhythm, and how a step is computed."""
 
@@ -86,7 +86,7 @@ class TrainConfig:
     remat: str = "none"  # none, blocks or dots: what the backward pass computes again to save memory
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class SamplingConfig:
     """Arguments of ``diffusion.sample``; the programs' flags override them."""
 
@@ -100,7 +100,7 @@ class SamplingConfig:
     guidance: float = 1.0  # out = out_null + guidance (out_label - out_null)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class MeshConfig:
     """Devices: data * fsdp of them; -1 is all the rest."""
 
@@ -108,7 +108,7 @@ class MeshConfig:
     fsdp: int = 1
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Config:
     """One experiment."""
 
@@ -127,14 +127,14 @@ _CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"),
     "data.channels": (1, 3),
     "data.placement": ("host", "device"),
-    "model.kind": ("unet",),
-    "model.attention": ("xla", "cudnn"),
+    "model.kind": tuple(models.NETWORKS),
+    "model.attention": models.ATTENTIONS,
     "diffusion.schedule": diffusion.SCHEDULES,
     "diffusion.prediction": diffusion.PREDICTIONS,
     "diffusion.loss": diffusion.LOSSES,
     "diffusion.loss_weight": diffusion.WEIGHTS,
     "optimizer.lr_decay": ("constant", "cosine"),
-    "train.remat": ("none", "blocks", "dots"),
+    "train.remat": models.REMATS,
     "sampling.method": diffusion.METHODS,
     "sampling.spacing": diffusion.SPACINGS,
     "sampling.variance": diffusion.VARIANCES,
@@ -199,6 +199,10 @@ def nearest_field(name: str) -> str:
 
 def validate(config: Config) -> None:
     """Raises ``ConfigError`` for the first field whose value cannot work, before anything is read or compiled."""
+    if not isinstance(config, Config):
+        # A file that ml_collections could not read is an object whose every attribute raises; let it.
+        fields = getattr(config, "data", None)
+        raise ConfigError(f"get_config() returned a {type(config).__name__} ({fields!r:.40}); return a ddpm_jax Config")
     for field in field_names():
         _check_type(field, get(config, field))
     for field, choices in _CHOICES.items():
@@ -215,6 +219,8 @@ def validate(config: Config) -> None:
                 raise ConfigError(f"config.{field}={get(config, field)!r}: {rule}")
     if config.mesh.data < 1 and config.mesh.data != -1:
         raise ConfigError(f"config.mesh.data={config.mesh.data}: must be positive, or -1 for all the rest")
+    if config.seed >= 2**63:
+        raise ConfigError(f"config.seed={config.seed}: must be below 2^63")
     _check_network(config)
     _check_chains(config)
 

@@ -1,6 +1,8 @@
 """Config -> network, schedule, loss, denoiser, optimizer: the one place where the rooms meet."""
 
+import dataclasses
 import json
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -54,7 +56,7 @@ def make_model(config: Config) -> models.UNet:
         models.check_attention(settings.attention, widths, compute_dtype(config), jax.devices()[0])
     except ValueError as error:
         raise ConfigError(f"config.{error}") from None
-    return models.UNet(
+    return models.NETWORKS[settings.kind](
         out_channels=config.data.channels,
         base_channels=settings.base_channels,
         channel_mults=tuple(settings.channel_mults),
@@ -112,7 +114,7 @@ def make_loss_fn(config: Config, model: models.UNet, schedule: diffusion.Schedul
         losses = diffusion.loss(settings.loss, output, target)
         losses *= diffusion.weight(settings.loss_weight, settings.prediction, schedule, t)
         quarter = jax.nn.one_hot(4 * t // num_timesteps, 4)
-        return losses.mean(), {"loss_sums": losses @ quarter, "loss_counts": quarter.sum(0)}
+        return losses.mean(), {"loss_sums": (losses[:, None] * quarter).sum(0), "loss_counts": quarter.sum(0)}
 
     return loss_fn
 
@@ -122,7 +124,8 @@ def make_denoise_fn(model: models.UNet, params: training.Params) -> Partial:
     return Partial(_Apply(model), params)
 
 
-class _Apply(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Apply:
     """``model.apply`` without its dictionary: hashable by value, so that equal networks share compiled samplers."""
 
     model: models.UNet
@@ -208,13 +211,15 @@ def load(workdir: str, weights: str = "ema", step: int | None = None) -> Run:
         RunError: no run, no such checkpoint, or none that can be read.
     """
     if weights not in ("ema", "raw"):
-        raise RunError(f"--weights={weights}: choose ema or raw")
+        raise RunError(f"weights={weights}: choose ema or raw")
     config = read_config(workdir)
     if config is None:
         raise RunError(f"{workdir}: holds no run (config.json is missing); train one with python -m ddpm_jax.train")
-    if jax.default_backend() != "gpu":
-        config.model.attention = "xla"  # the same function: a run trained with cuDNN is read anywhere
-    model = make_model(config)
+    try:
+        model = make_model(config)
+    except ConfigError:  # a run that was trained with cuDNN is read anywhere: XLA's attention is the same function
+        config.model.attention = "xla"
+        model = make_model(config)
     optimizer, _ = make_optimizer(config)
     mesh = training.make_mesh()
     abstract = training.abstract_state(make_init_fn(config, model), optimizer, mesh)
@@ -244,14 +249,23 @@ def read_config(workdir: str) -> Config | None:
         config = config_lib.from_dict(json.loads(path.read_text()))
         config_lib.validate(config)
         return config
-    except ValueError as error:  # no UTF-8, no JSON, or no config
+    except (ValueError, OSError) as error:  # no UTF-8, no JSON, no config, or nothing to read
         raise RunError(f"{path}: {error}; restore it from a copy, or use another workdir") from None
 
 
 def check_workdir(workdir: str, config: Config) -> None:
-    """Refuses a workdir that holds a run of another network or diffusion, naming the fields that differ."""
+    """Refuses a workdir that holds a run of another network or diffusion, naming the fields that differ.
+
+    Other fields may change from one start to the next; what the data's order hangs on is named in a warning.
+    """
     existing = read_config(workdir)
-    differing = config_lib.differences(existing, config, IDENTITY_FIELDS) if existing else []
+    checkpoints = epath.Path(workdir) / "checkpoints"
+    if existing is None or not checkpoints.exists() or not any(checkpoints.iterdir()):
+        return
+    changed = config_lib.differences(existing, config, ["seed", "train.batch_size", "data.source", "data.split"])
+    if changed:
+        warnings.warn(f"{workdir} continues with other batches than it began with ({'; '.join(changed)})", stacklevel=2)
+    differing = config_lib.differences(existing, config, IDENTITY_FIELDS)
     if differing:
         raise RunError(
             f"{workdir} holds a run of another model or diffusion ({'; '.join(differing)}); "

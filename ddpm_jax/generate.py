@@ -13,6 +13,8 @@ from jax.tree_util import Partial
 from ddpm_jax import diffusion, experiment, images, training
 from ddpm_jax.config import Config
 
+_PICTURES = 0x1DEA  # folded into the key, so that no picture meets the noise that its run was trained with
+
 
 def draw(
     config: Config,
@@ -72,19 +74,23 @@ def draw_chain(
     return np.asarray(_fetch(frames)[:, :num_images])
 
 
-def num_batches(num_images: int, batch_size: int, mesh: Mesh) -> int:
+def num_batches(num_images: int, batch_size: int | None, mesh: Mesh) -> int:
     """How many batches ``draw`` needs."""
-    return -(-num_images // _rounded_up(min(batch_size, num_images), mesh.size))
+    return -(-num_images // _batch_size(num_images, batch_size, mesh))
+
+
+def _batch_size(num_images: int, batch_size: int | None, mesh: Mesh) -> int:
+    return -(-min(batch_size or num_images, num_images) // mesh.size) * mesh.size
 
 
 def _batches(
     config: Config, mesh: Mesh, num_images: int, seed: int, batch_size: int | None, label: int | None
 ) -> Iterator[tuple[jax.Array, jax.Array, jax.Array | None]]:
     """(x_T, keys, labels) of each batch; the last is as long as the others, so that it compiles nothing new."""
-    size = _rounded_up(min(batch_size or num_images, num_images), mesh.size)
+    size = _batch_size(num_images, batch_size, mesh)
     sharding = training.batch_sharding(mesh)
     start = jax.jit(_start, static_argnums=2, out_shardings=sharding)
-    key = jax.random.key(seed)
+    key = jax.random.fold_in(jax.random.key(seed), _PICTURES)
     for first in range(0, num_images, size):
         numbers = np.arange(first, first + size, dtype=np.int32)
         x_T, keys = start(key, jax.device_put(numbers, sharding), experiment.image_shape(config))
@@ -101,10 +107,6 @@ def _start(key: jax.Array, numbers: jax.Array, shape: tuple[int, ...]) -> tuple[
         return jax.random.normal(start_key, shape), chain_key
 
     return jax.vmap(one)(numbers)
-
-
-def _rounded_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
 
 
 def _fetch(x: jax.Array) -> Any:

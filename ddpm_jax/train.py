@@ -16,12 +16,12 @@ import numpy as np
 from absl import flags
 from etils import epath
 from jax.sharding import Mesh
-from ml_collections import config_flags
 
 from ddpm_jax import config as config_lib
 from ddpm_jax import data, experiment, generate, images, program, training
 from ddpm_jax.config import Config, ConfigError
 from ddpm_jax.experiment import RunError
+from ddpm_jax.progress import progress
 from ddpm_jax.training import TrainState
 
 MAX_SKIPPED_IN_A_ROW = 20
@@ -33,58 +33,66 @@ def train(config: Config, workdir: str) -> TrainState:
     Raises:
         ConfigError, data.DataError, RunError: the config, the data or the workdir cannot be used; nothing was written.
         RunError: 20 steps in a row were not finite.
-        SystemExit: SIGTERM (75) or Ctrl-C (130) came; the state was saved first.
+        training.Stopped: SIGTERM or Ctrl-C came; the state was saved first.
     """
     config_lib.validate(config)
-    experiment.check_workdir(workdir, config)
-    mesh = experiment.make_mesh(config)
-    setup = _Setup(config, mesh)
-    image_set = _load_images(config)
-    experiment.write_config(workdir, config)
-    checkpoints = training.open_checkpoints(
-        workdir, keep_last=config.train.keep_last, keep_every=config.train.keep_every
-    )
-    with training.stop_signal() as stop, checkpoints:
-        state = _restore_or_init(setup, checkpoints)
-        first_step = int(state.step)
-        batches = _batches(config, mesh, image_set, first_step)
-        with (
-            contextlib.closing(batches),
-            training.MetricsWriter(workdir, first_step, enabled=jax.process_index() == 0) as writer,
-            training.Log(
-                writer,
-                first_step=first_step,
-                num_steps=config.train.num_steps,
-                log_every=config.train.log_every,
-                batch_size=config.train.batch_size,
-            ) as log,
-        ):
-            if first_step == config.train.num_steps:  # the run was killed between its last checkpoint and its pictures
-                _write_samples(setup, state, workdir, writer, missing_only=True)
-            for step in range(first_step + 1, config.train.num_steps + 1):
-                state, metrics = setup.train_step(state, next(batches), setup.key)
-                log.add(step, metrics)
-                diverged = log.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
-                stopping = stop.is_set()  # asked once a step: a signal that comes after this waits for the next one
-                last = step == config.train.num_steps or stopping or diverged
-                if step % config.train.checkpoint_every == 0 or last:
-                    with log.paused():
-                        training.save(checkpoints, state)
-                if diverged:
-                    raise RunError(_divergence(workdir, step))
-                if stopping:
-                    break
-                if step % config.train.sample_every == 0 or last:
-                    with log.paused():
-                        _write_samples(setup, state, workdir, writer)
-        checkpoints.wait_until_finished()
-    if stop.is_set():
-        print(f"saved step {int(state.step)} of {config.train.num_steps}; the same command continues", file=sys.stderr)
-        sys.exit(stop.exit_code)
+    with training.stop_signal() as stop:
+        experiment.check_workdir(workdir, config)
+        setup = Setup(config, experiment.make_mesh(config))
+        image_set = _load_images(config)
+        with _open_checkpoints(config, workdir) as checkpoints:
+            state = _restore_or_init(setup, checkpoints)
+            experiment.write_config(workdir, config)
+            state = _train_from(setup, state, image_set, workdir, checkpoints, stop)
+    if jax.process_index() == 0:
+        print(f"finished at step {int(state.step)}: {_samples_path(workdir, state)}", file=sys.stderr)
     return state
 
 
-class _Setup:
+def _train_from(
+    setup: "Setup", state: TrainState, image_set: data.ImageSet, workdir: str, checkpoints: Any, stop: training.Stop
+) -> TrainState:
+    """The loop."""
+    settings, first_step = setup.config.train, int(state.step)
+    with (
+        contextlib.closing(_batches(setup.config, setup.mesh, image_set, first_step)) as batches,
+        training.MetricsWriter(workdir, first_step, enabled=jax.process_index() == 0) as writer,
+        training.Log(
+            writer,
+            first_step=first_step,
+            num_steps=settings.num_steps,
+            log_every=settings.log_every,
+            batch_size=settings.batch_size,
+        ) as log,
+    ):
+
+        def sample_is_due(step: int) -> bool:
+            return step % settings.sample_every == 0 or step == settings.num_steps
+
+        if first_step and sample_is_due(first_step) and not _samples_path(workdir, state).exists():
+            _write_samples(setup, state, workdir, writer)  # the run was killed between a checkpoint and its pictures
+        for step in range(first_step + 1, settings.num_steps + 1):
+            state, metrics = setup.train_step(state, next(batches), setup.key)
+            log.add(step, metrics)
+            diverged = log.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
+            stopping = stop.is_set(step)  # asked once a step: a signal that comes after this waits for the next one
+            if step % settings.checkpoint_every == 0 or step == settings.num_steps or diverged or stopping:
+                with log.paused():
+                    training.save(checkpoints, state)
+            if diverged:
+                raise RunError(_divergence(workdir, step))
+            if stopping:
+                checkpoints.wait_until_finished()
+                raise training.Stopped(
+                    f"saved step {step} of {settings.num_steps}; the same command continues", stop.exit_code
+                )
+            if sample_is_due(step):
+                with log.paused():
+                    _write_samples(setup, state, workdir, writer)
+    return state
+
+
+class Setup:
     """What a config makes before any data is read: network, schedule, optimizer, and the jitted step over the mesh."""
 
     def __init__(self, config: Config, mesh: Mesh):
@@ -94,7 +102,7 @@ class _Setup:
         self.optimizer, learning_rate = experiment.make_optimizer(config)
         self.init_fn = experiment.make_init_fn(config, self.model)
         self.abstract_state = training.abstract_state(self.init_fn, self.optimizer, mesh)
-        self.key = jax.random.key(config.seed)
+        self.init_key, self.key = jax.random.split(jax.random.key(config.seed))
         on_device = config.data.placement == "device"
         self.train_step = training.make_train_step(
             mesh,
@@ -167,42 +175,51 @@ def _batches(config: Config, mesh: Mesh, image_set: data.ImageSet, first_step: i
     return data.device_batches(data.batches(image_set, use_tensorflow=use_tensorflow, **order), sharding)
 
 
-def _restore_or_init(setup: _Setup, checkpoints: Any) -> TrainState:
+def _restore_or_init(setup: Setup, checkpoints: Any) -> TrainState:
     try:
         state = training.restore_latest(checkpoints, setup.abstract_state)
     except ValueError as error:
         raise RunError(str(error)) from None
     if state is None:
-        return training.init_state(setup.init_fn, setup.optimizer, setup.mesh, setup.key)
+        return training.init_state(setup.init_fn, setup.optimizer, setup.mesh, setup.init_key)
     if jax.process_index() == 0:
         print(f"continues at step {int(state.step)} of {setup.config.train.num_steps}", file=sys.stderr)
     return state
 
 
-def _write_samples(
-    setup: _Setup, state: TrainState, workdir: str, writer: training.MetricsWriter, missing_only: bool = False
-) -> None:
-    """samples/step_<n>.png: pictures from the raw weights above those from their average; the noise never changes."""
-    step = int(state.step)
-    path = epath.Path(workdir) / "samples" / f"step_{step:08d}.png"
-    if missing_only and path.exists():
-        return
+def _open_checkpoints(config: Config, workdir: str) -> Any:
+    try:
+        return training.open_checkpoints(workdir, keep_last=config.train.keep_last, keep_every=config.train.keep_every)
+    except OSError as error:
+        raise RunError(f"{workdir}: cannot be written ({error}); choose another --workdir") from None
+
+
+def _samples_path(workdir: str, state: TrainState) -> epath.Path:
+    return epath.Path(workdir) / "samples" / f"step_{int(state.step):08d}.png"
+
+
+def _write_samples(setup: Setup, state: TrainState, workdir: str, writer: training.MetricsWriter) -> None:
+    """Pictures from the raw weights above those from their average; the noise never changes."""
     config = setup.config
+    steps = 2 * config.sampling.num_steps
     halves = []
-    for params in (state.params, state.ema_params):
-        denoise_fn = experiment.make_denoise_fn(setup.model, params)
-        halves.append(
-            generate.draw(
-                config, setup.schedule, denoise_fn, setup.mesh, num_images=config.train.num_samples, seed=config.seed
+    with progress(steps, "sampling", "step", disable=jax.process_index() != 0) as bar:
+        for params in (state.params, state.ema_params):
+            drawn = generate.draw(
+                config,
+                setup.schedule,
+                experiment.make_denoise_fn(setup.model, params),
+                setup.mesh,
+                num_images=config.train.num_samples,
+                seed=config.seed,
+                on_step=lambda _: bar.update(1),
             )
-        )
+            halves.append(drawn)
     if jax.process_index() == 0:
         columns = 2 ** math.ceil(math.log2(math.sqrt(2 * config.train.num_samples)))
         picture = np.concatenate([images.grid(half, columns=columns) for half in halves])
-        images.save_png(path, picture)
-        writer.image(step, "samples", picture)
-        if step == config.train.num_steps:
-            print(f"samples (raw above EMA weights): {path}", file=sys.stderr)
+        images.save_png(_samples_path(workdir, state), picture)
+        writer.image(int(state.step), "samples", picture)
 
 
 def _divergence(workdir: str, step: int) -> str:
@@ -216,7 +233,7 @@ def dry_run(config: Config) -> None:
     """Prints the config, the parameters, the mesh and the memory of the compiled step. Opens no data set."""
     config_lib.validate(config)
     mesh = experiment.make_mesh(config)
-    setup = _Setup(config, mesh)
+    setup = Setup(config, mesh)
     print(json.dumps(config_lib.to_dict(config), indent=2))
     _print_parameters(setup.abstract_state.params)
     print(f"\nmesh: {dict(mesh.shape)} of {mesh.size} {mesh.devices.flat[0].device_kind} device(s)")
@@ -246,20 +263,21 @@ def _print_parameters(params: Any) -> None:
     print(f"  {'total':<{width}}  {sum(sizes.values()):>12,}")
 
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Path to a config file, such as configs/flowers.py.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; runs/<name of the config> where left out.")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print config, parameters, mesh and memory, and stop.")
+def define_flags() -> None:
+    """The program's flags."""
+    program.define_config()
+    flags.DEFINE_string("workdir", None, "Where the run lives; runs/<name of the config> where left out.")
+    flags.DEFINE_bool("dry_run", False, "Print config, parameters, mesh and memory, and stop.")
 
 
 def main() -> None:
     """The program."""
-    config = program.loaded_config(_CONFIG)
-    if _DRY_RUN.value:
-        return dry_run(config)
-    name = program.config_name(config_flags.get_config_filename(flags.FLAGS["config"]))
-    train(config, _WORKDIR.value or os.path.join("runs", name))
-    return None
+    config, name = program.loaded_config()
+    if flags.FLAGS.dry_run:
+        dry_run(config)
+    else:
+        train(config, flags.FLAGS.workdir or os.path.join("runs", name))
 
 
 if __name__ == "__main__":
-    program.run(main)
+    program.run(main, define_flags)

@@ -29,7 +29,7 @@ def loss(kind: str, prediction: jax.Array, target: jax.Array) -> jax.Array:
     if prediction.shape != target.shape:
         raise ValueError(f"loss: prediction {prediction.shape} and target {target.shape} must have the same shape")
     difference = prediction.astype(jnp.float32) - target.astype(jnp.float32)
-    return _DISTANCES[kind](difference).mean(range(1, difference.ndim))
+    return _DISTANCES[kind](difference).mean(tuple(range(1, difference.ndim)))
 
 
 def target(prediction: str, schedule: Schedule, x0: jax.Array, eps: jax.Array, t: jax.Array) -> jax.Array:

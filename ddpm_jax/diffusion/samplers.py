@@ -262,12 +262,7 @@ def _checked_plan(
 ) -> tuple[np.ndarray, np.ndarray]:
     num_timesteps = schedule.num_timesteps
     if plan is None:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            t, t_prev = timestep_plan(num_timesteps, num_steps, spacing)
-        for warning in caught:  # raised again where the user called sample
-            warnings.warn(warning.message, stacklevel=3)
-        return t, t_prev
+        return timestep_plan(num_timesteps, num_steps, spacing)
     if len(plan) != 2:
         raise ValueError(f"plan: has {len(plan)} parts; give (t, t_prev)")
     t, t_prev = (np.asarray(x) for x in plan)
@@ -298,7 +293,7 @@ def _checked_bounds(clip_x0: Any, shape: tuple[int, ...]) -> tuple[jax.Array, ja
         clip_x0 = (-1.0, 1.0) if clip_x0 else None
     if clip_x0 is None:
         return None
-    if len(clip_x0) != 2:
+    if not isinstance(clip_x0, tuple | list) or len(clip_x0) != 2:
         raise ValueError(f"clip_x0={clip_x0!r}: must be a bool or a pair of bounds")
     low, high = (jnp.asarray(bound, jnp.float32) for bound in clip_x0)
     for bound in (low, high):

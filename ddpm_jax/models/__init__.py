@@ -5,4 +5,6 @@ The only room that imports ``flax.linen``.
 
 from ddpm_jax.models.unet import ATTENTIONS, REMATS, UNet, check_attention
 
-__all__ = ["ATTENTIONS", "REMATS", "UNet", "check_attention"]
+NETWORKS = {"unet": UNet}  # model.kind -> module
+
+__all__ = ["ATTENTIONS", "NETWORKS", "REMATS", "UNet", "check_attention"]

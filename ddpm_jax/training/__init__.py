@@ -7,7 +7,7 @@ from ddpm_jax.training.metrics import MetricsWriter, summarize
 from ddpm_jax.training.optimizer import LearningRate, make_learning_rate, make_optimizer
 from ddpm_jax.training.state import Params, TrainState, abstract_state, init_state, new_state
 from ddpm_jax.training.step import Batch, LossFn, Metrics, make_train_step, train_step
-from ddpm_jax.training.stop import Stop, stop_signal
+from ddpm_jax.training.stop import Stop, Stopped, stop_signal
 
 __all__ = [
     "Batch",
@@ -18,6 +18,7 @@ __all__ = [
     "MetricsWriter",
     "Params",
     "Stop",
+    "Stopped",
     "TrainState",
     "abstract_state",
     "batch_sharding",

@@ -27,8 +27,9 @@ class Log:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._collect()
+    def __exit__(self, error: object, *_: object) -> None:
+        if error is None:
+            self._collect()
         self._bar.close()
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:

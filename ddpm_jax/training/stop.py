@@ -7,9 +7,18 @@ import threading
 from collections.abc import Iterator
 
 import jax
+from jax.experimental import multihost_utils
 
 EXIT_SIGTERM = 75  # EX_TEMPFAIL: the same command continues the run
 EXIT_SIGINT = 130
+
+
+class Stopped(Exception):
+    """A run that was asked to stop and has saved; the message says where, ``exit_code`` how a program ends."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 @dataclasses.dataclass
@@ -18,8 +27,10 @@ class Stop:
 
     exit_code: int = 0
 
-    def is_set(self) -> bool:
-        """Whether one came."""
+    def is_set(self, step: int) -> bool:
+        """Whether one came: to this process, or to any of several, which then agree on the step."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self.exit_code = EXIT_SIGTERM
         return self.exit_code != 0
 
 
@@ -27,7 +38,8 @@ class Stop:
 def stop_signal() -> Iterator[Stop]:
     """Turns the first SIGTERM or Ctrl-C into a request; a second Ctrl-C interrupts at once.
 
-    Not beside ``jax.distributed``, whose own notifier a handler would replace, nor outside the main thread.
+    Beside ``jax.distributed`` its own notifier does this, which a handler would replace; outside the main thread Python
+    allows none.
     """
     stop = Stop()
     if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
@@ -43,4 +55,4 @@ def stop_signal() -> Iterator[Stop]:
         yield stop
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)  # None: it was not set from Python
