@@ -3,9 +3,9 @@
     python -m ddpm_jax.train --config configs/cifar10.py
 
 Source: Ho et al. 2020 (appendix B) and their code: 35.7 M parameters, batch 128, 800,000 steps. What differs: the
-gradient is clipped by its global norm, where their code clips each replica's share; the order of the images is ours; the
-average of the parameters warms up, where theirs starts at .9999 at once, which is the same after 100,000 steps; what
-they initialise at a scale of 1e-10 starts at 0.
+gradient is clipped by its global norm, where their code clips each replica's share; the order of the images is ours;
+the average of the parameters warms up, where theirs starts at .9999 at once, which is the same after 100,000 steps;
+what they initialise at a scale of 1e-10 starts at 0.
 
 Expected (theirs): FID 3.17 against the training set with 50,000 samples of DDPM-1000, 10.6 hours on a TPU v3-8 at 21
 steps a second. Not measured here: no accelerator was at hand.

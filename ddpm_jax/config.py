@@ -9,7 +9,7 @@ import types
 import typing
 from typing import Any
 
-from ddpm_jax import diffusion, models
+from ddpm_jax import diffusion
 
 
 class ConfigError(ValueError):
@@ -127,14 +127,14 @@ _CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"),
     "data.channels": (1, 3),
     "data.placement": ("host", "device"),
-    "model.kind": tuple(models.NETWORKS),
-    "model.attention": models.ATTENTIONS,
+    "model.kind": ("unet",),
+    "model.attention": ("xla", "cudnn"),
     "diffusion.schedule": diffusion.SCHEDULES,
     "diffusion.prediction": diffusion.PREDICTIONS,
     "diffusion.loss": diffusion.LOSSES,
     "diffusion.loss_weight": diffusion.WEIGHTS,
     "optimizer.lr_decay": ("constant", "cosine"),
-    "train.remat": models.REMATS,
+    "train.remat": ("none", "blocks", "dots"),
     "sampling.method": diffusion.METHODS,
     "sampling.spacing": diffusion.SPACINGS,
     "sampling.variance": diffusion.VARIANCES,

@@ -226,3 +226,12 @@ def test_two_configs_share_no_section():
     one.train.batch_size = 1
     assert other == Config()
     assert dataclasses.asdict(one) != dataclasses.asdict(other)
+
+
+def test_the_choices_of_the_network_are_the_networks_own():
+    # Written out in config.py, which is to be imported without Flax.
+    from ddpm_jax import models
+
+    assert config_lib._CHOICES["model.kind"] == tuple(models.NETWORKS)
+    assert config_lib._CHOICES["model.attention"] == models.ATTENTIONS
+    assert config_lib._CHOICES["train.remat"] == models.REMATS

@@ -231,7 +231,7 @@ def test_equal_networks_share_compiled_samplers(run_dir):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weights": "best"}, "--weights=best: choose ema or raw"),
+        ({"weights": "best"}, "weights=best: choose ema or raw"),
         ({"step": 15}, r"no checkpoint of step 15; its checkpoints are 10, 20$"),
     ],
 )
@@ -259,7 +259,7 @@ def test_a_config_that_cannot_be_read(tmp_path, text):
 
 
 def test_a_config_survives_its_file(tmp_path):
-    config = tiny(model=ModelConfig(channel_mults=(1, 2, 3), dropout=0.1), seed=5)
+    config = tiny(model=ModelConfig(channel_mults=(1, 2, 3), attention_resolutions=(), dropout=0.1), seed=5)
     experiment.write_config(tmp_path, config)
     assert experiment.read_config(str(tmp_path)) == config
     assert json.loads((tmp_path / "config.json").read_text())["model"]["channel_mults"] == [1, 2, 3]
@@ -268,11 +268,17 @@ def test_a_config_survives_its_file(tmp_path):
 def test_a_workdir_of_another_network_or_diffusion_is_refused(tmp_path):
     experiment.check_workdir(str(tmp_path), tiny())
     experiment.write_config(tmp_path, tiny())
+    wider = tiny(model=dataclasses.replace(tiny().model, base_channels=24))
+    experiment.check_workdir(str(tmp_path), wider)  # nothing has been trained yet
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    with pytest.raises(RunError, match="base_channels"):
+        experiment.check_workdir(str(tmp_path), wider)
     other = dataclasses.replace(
         tiny(), seed=9, train=TrainConfig(num_steps=7), optimizer=OptimizerConfig(ema_decay=0.9)
     )
-    experiment.check_workdir(str(tmp_path), other)
-    other = dataclasses.replace(other, diffusion=DiffusionConfig(num_timesteps=200, prediction="v"))
+    with pytest.warns(UserWarning, match="other batches than it began with .*seed: 0 != 9"):
+        experiment.check_workdir(str(tmp_path), other)
+    other = dataclasses.replace(other, seed=0, diffusion=DiffusionConfig(num_timesteps=200, prediction="v"))
     with pytest.raises(RunError) as caught:
         experiment.check_workdir(str(tmp_path), other)
     assert "diffusion.num_timesteps: 100 != 200; diffusion.prediction: 'eps' != 'v'" in str(caught.value)

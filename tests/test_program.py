@@ -106,12 +106,6 @@ def test_overrides_of_every_type_arrive(results):
     assert values["train"]["num_steps"] == 12
 
 
-def test_config_name():
-    assert program.config_name("configs/flowers.py") == "flowers"
-    assert program.config_name("/a/b.c/digits.py:small") == "digits"
-    assert program.config_name("cifar10.py") == "cifar10"
-
-
 def test_a_bug_is_not_hidden():
     # A ValueError that is none of ours is a bug in the program, and wants its traceback.
     def main():

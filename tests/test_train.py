@@ -164,9 +164,9 @@ def test_sigterm_then_the_same_command_equals_one_go_bit_for_bit(trained, make_c
     workdir, handlers = str(tmp_path / "run"), [signal.getsignal(x) for x in (signal.SIGTERM, signal.SIGINT)]
     with monkeypatch.context() as patch:
         send_at(patch, 6, signal.SIGTERM)
-        with pytest.raises(SystemExit) as stopped:
+        with pytest.raises(training.Stopped) as stopped:
             train.train(make_config(), workdir)
-    assert stopped.value.code == 75
+    assert stopped.value.exit_code == 75
     assert [signal.getsignal(x) for x in (signal.SIGTERM, signal.SIGINT)] == handlers
     assert checkpoints_of(workdir) == [5, 6]
 
@@ -177,32 +177,31 @@ def test_sigterm_then_the_same_command_equals_one_go_bit_for_bit(trained, make_c
     assert (tmp_path / "run" / last).read_bytes() == (trained.workdir / last).read_bytes()
 
 
-def test_ctrl_c_saves_and_exits_with_130(stub, make_config, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_saves_and_exits_with_130(stub, make_config, tmp_path, monkeypatch):
     workdir = str(tmp_path / "run")
     send_at(monkeypatch, 3, signal.SIGINT)
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(training.Stopped) as stopped:
         train.train(make_config(), workdir)
-    assert stopped.value.code == 130
+    assert stopped.value.exit_code == 130
     assert checkpoints_of(workdir) == [3]
-    assert "saved step 3 of 12" in capsys.readouterr().err
+    assert "saved step 3 of 12" in str(stopped.value)
 
 
-def test_a_signal_at_any_moment_loses_no_step(stub, make_config, tmp_path, monkeypatch, capsys):
+def test_a_signal_at_any_moment_loses_no_step(stub, make_config, tmp_path, monkeypatch):
     # Between the question whether to save and the question whether to stop there must be no gap: here the signal
     # comes right after the first of them.
     asked = []
 
-    def is_set(stop):
+    def is_set(stop, step):
         asked.append(stop)
         stop.exit_code = 75 if len(asked) > 1 else 0
         return stop.exit_code != 0
 
     monkeypatch.setattr(training.Stop, "is_set", is_set)
     workdir = tmp_path / "run"
-    with pytest.raises(SystemExit):
+    with pytest.raises(training.Stopped) as stopped:
         train.train(make_config({"train.checkpoint_every": 12}), str(workdir))
-    told = capsys.readouterr().err
-    assert f"saved step {checkpoints_of(workdir)[-1]} of 12" in told
+    assert f"saved step {checkpoints_of(workdir)[-1]} of 12" in str(stopped.value)
 
 
 def test_a_finished_run_is_left_alone_but_for_its_missing_pictures(trained, make_config, tmp_path):

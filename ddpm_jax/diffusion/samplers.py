@@ -13,7 +13,7 @@ from jax.tree_util import Partial
 
 from ddpm_jax.diffusion.process import PREDICTIONS, eps_from, posterior, x0_from
 from ddpm_jax.diffusion.schedule import Schedule, ScheduleWarning, beta_between, rates
-from ddpm_jax.diffusion.spacing import timestep_plan
+from ddpm_jax.diffusion.spacing import spaced
 
 METHODS = ("ddim", "ddpm")
 VARIANCES = ("fixed_small", "fixed_large")
@@ -262,7 +262,7 @@ def _checked_plan(
 ) -> tuple[np.ndarray, np.ndarray]:
     num_timesteps = schedule.num_timesteps
     if plan is None:
-        return timestep_plan(num_timesteps, num_steps, spacing)
+        return spaced(num_timesteps, num_steps, spacing, stacklevel=4)
     if len(plan) != 2:
         raise ValueError(f"plan: has {len(plan)} parts; give (t, t_prev)")
     t, t_prev = (np.asarray(x) for x in plan)

@@ -32,6 +32,11 @@ def timestep_plan(num_timesteps: int, num_steps: int, spacing: str) -> tuple[np.
     Warns:
         ScheduleWarning: ``leading`` starts below 0.9 T although sampling starts from pure noise.
     """
+    return spaced(num_timesteps, num_steps, spacing, stacklevel=3)
+
+
+def spaced(num_timesteps: int, num_steps: int, spacing: str, *, stacklevel: int) -> tuple[np.ndarray, np.ndarray]:
+    """``timestep_plan`` for those who warn in another's name."""
     if spacing not in _SPACINGS:
         raise ValueError(f"sampling.spacing={spacing!r}: choose one of {', '.join(_SPACINGS)}")
     if not isinstance(num_steps, int | np.integer) or not 1 <= num_steps <= num_timesteps:
@@ -46,7 +51,7 @@ def timestep_plan(num_timesteps: int, num_steps: int, spacing: str) -> tuple[np.
             f"sampling.spacing='leading' with num_steps={num_steps} starts at t = {t[0]} of {num_timesteps}, "
             "but x_T is pure noise: use trailing",
             ScheduleWarning,
-            stacklevel=2,
+            stacklevel=stacklevel,
         )
     return t, np.append(t[1:], np.int32(-1))
 

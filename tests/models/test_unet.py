@@ -152,7 +152,7 @@ def normalised(x, dtype=jnp.float32):
     class Alone(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return group_norm(x, dtype, name="norm")
+            return group_norm(x, 32, dtype, name="norm")
 
     return Alone().init_with_output(jax.random.key(0), x)[0]
 
@@ -237,7 +237,7 @@ def test_dropout_is_active_in_training_only():
 
 def test_dropout_comes_right_before_the_second_convolution():
     rate, channels = 0.25, 16
-    block = ResBlock(channels, rate, jnp.float32)
+    block = ResBlock(channels, 32, rate, jnp.float32)
     x, embedding = jax.random.normal(jax.random.key(0), (4, 8, 8, channels)), jnp.ones((4, 8))
     params = shaken(block.init(jax.random.key(0), x, embedding, False)["params"])
     identity = np.zeros((3, 3, channels, channels), np.float32)
@@ -273,13 +273,16 @@ def test_bfloat16_is_for_products_and_float32_for_statistics():
     for equation in equations(jaxpr.jaxpr):
         if equation.invars:
             seen.setdefault(equation.primitive.name, set()).add(str(equation.invars[0].aval.dtype))
-    assert seen["conv_general_dilated"] == seen["dot_general"] == {"bfloat16"}
+    assert seen["dot_general"] == {"bfloat16"}
+    assert seen["conv_general_dilated"] == {"bfloat16", "float32"}
+    convolutions = [e for e in equations(jaxpr.jaxpr) if e.primitive.name == "conv_general_dilated"]
+    assert [e.invars[0].aval.dtype for e in convolutions if e.invars[0].aval.dtype != jnp.bfloat16] == [jnp.float32]
+    assert convolutions[-1].invars[0].aval.dtype == jnp.float32  # the last one alone
     assert seen["reduce_sum"] == seen["exp"] == seen["rsqrt"] == seen["sin"] == {"float32"}
-    assert "float32" not in seen["logistic"]
 
 
 def test_attention_logits_and_softmax_are_float32_in_bfloat16():
-    block = AttentionBlock("xla", jnp.bfloat16)
+    block = AttentionBlock(32, "xla", jnp.bfloat16)
     x = jnp.zeros((1, 4, 4, 32), jnp.bfloat16)
     params = jax.eval_shape(block.init, jax.random.key(0), x)
     found = list(equations(jax.make_jaxpr(block.apply)(params, x).jaxpr))
@@ -301,7 +304,7 @@ def test_attention_in_bfloat16_where_bfloat16_logits_would_be_wrong():
     eye, scales = np.eye(channels, dtype=np.float32), {"query": 32.0, "key": 1.0, "value": 1.0, "projection": 1.0}
     params = {name: {"kernel": scale * eye, "bias": np.zeros(channels)} for name, scale in scales.items()}
     params["norm"] = {"scale": np.ones(channels), "bias": np.zeros(channels)}
-    block = AttentionBlock("xla", jnp.bfloat16)
+    block = AttentionBlock(32, "xla", jnp.bfloat16)
     found = np.asarray(block.apply({"params": params}, x), np.float64)
 
     h = np.asarray(normalised(x, jnp.bfloat16), np.float64).reshape(pixels, channels)
@@ -318,13 +321,13 @@ def test_attention_in_bfloat16_where_bfloat16_logits_would_be_wrong():
 
 def test_attention_is_one_head_over_the_pixels():
     x = jax.random.normal(jax.random.key(0), (2, 2, 3, 8))
-    block = AttentionBlock("xla", jnp.float32)
+    block = AttentionBlock(32, "xla", jnp.float32)
     params = shaken(block.init(jax.random.key(0), x)["params"], 0.5)
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
     h = np.asarray(x, np.float64)
-    groups = h.reshape(2, 6, 8)  # gcd(32, 8) = 8: one channel a group
-    h = (groups - groups.mean(1, keepdims=True)) / np.sqrt(groups.var(1, keepdims=True) + 1e-6)
-    h = h * p["norm"]["scale"] + p["norm"]["bias"]
+    groups = h.reshape(2, 6, 2, 4)  # 8 channels: two groups of four, not eight of one
+    h = (groups - groups.mean((1, 3), keepdims=True)) / np.sqrt(groups.var((1, 3), keepdims=True) + 1e-6)
+    h = h.reshape(2, 6, 8) * p["norm"]["scale"] + p["norm"]["bias"]
     query, key, value = (h @ p[name]["kernel"] + p[name]["bias"] for name in ("query", "key", "value"))
     weights = np.exp(query @ key.transpose(0, 2, 1) / math.sqrt(8))
     weights /= weights.sum(-1, keepdims=True)
