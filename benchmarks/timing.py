@@ -4,6 +4,7 @@ Machines are noisy, so no number here stands alone: all contenders of a table ru
 a ratio compares two medians of the same rounds.
 """
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -92,5 +93,6 @@ def times(ratio: tuple[float, float, float]) -> str:
 
 
 def machine() -> str:
-    """One line on what the numbers were measured with."""
-    return f"jax {jax.__version__} on {jax.device_count()} x {jax.devices()[0].device_kind}"
+    """One line on what the numbers were measured with, and on how busy the machine was already."""
+    device = f"jax {jax.__version__} on {jax.device_count()} x {jax.devices()[0].device_kind}"
+    return f"{device}, {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}"

@@ -13,6 +13,9 @@ machine's peak.
 Prints, for each of the two kinds of step, a line a contender: median and quartiles in ms, images/s, how many times as
 fast ours is (theirs / ours, above 1: ours is faster) and the inverse, and the share of the matmul peak. A train step
 counts as three forward passes.
+
+Measure on an idle machine: on cores that others use, PyTorch's OpenMP threads wait for each other in a spin and take up
+to ten times as long, XLA's only their share, and the ratio flatters.
 """
 
 import argparse
@@ -180,12 +183,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="(%(default)s)")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers there")
     args = parser.parse_args()
+    machine = timing.machine()
     config = network.make_config(args)
     steps, forward_flops, num_parameters = our_steps(config)
-    print(f"{timing.machine()}; {num_parameters:,} parameters, {args.dtype}, {args.rounds} rounds")
+    print(f"{machine}; {num_parameters:,} parameters, {args.dtype}, {args.rounds} rounds")
     contenders = {OURS: steps} | torch_contenders(config, num_parameters)
     matmul = timing.matmul(args.dtype)
-    result = {"machine": timing.machine(), "flags": vars(args), "parameters": num_parameters}
+    result = {"machine": machine, "flags": vars(args), "parameters": num_parameters}
     for kind, flops in zip(KINDS, (3 * forward_flops, forward_flops), strict=True):
         turns = {name: steps[kind] for name, steps in contenders.items()} | {PEAK: matmul.run}
         timings = timing.alternate(turns, args.rounds, warmup=2)

@@ -24,9 +24,7 @@ def get_config() -> Config:
     """The experiment."""
     return Config(
         data=DataConfig(source="sklearn:digits", image_size=8, channels=1),
-        model=ModelConfig(
-            base_channels=32, channel_mults=(1, 2), num_res_blocks=1, attention_resolutions=(4,), num_groups=8
-        ),
+        model=ModelConfig(base_channels=32, channel_mults=(1, 2), num_res_blocks=1, attention_resolutions=(4,)),
         diffusion=DiffusionConfig(schedule="cosine", prediction="v"),
         optimizer=OptimizerConfig(learning_rate=1e-3, lr_decay="cosine", warmup_steps=100, ema_decay=0.995),
         train=TrainConfig(
