@@ -17,6 +17,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 
 from benchmarks import network, timing
+from ddpm_jax import training
 
 MIB = 2**20
 
@@ -32,13 +33,10 @@ def main() -> None:
     config.train.batch_size = args.batch or config.train.batch_size
     trainer = network.Trainer(config)
     setup = trainer.setup
-    memory = setup.train_step.lower(trainer.state, trainer.batch, setup.key).compile().memory_analysis()
-    arguments, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes
-    predicted = arguments + outputs - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+    memory = training.step_memory(setup.train_step.lower(trainer.state, trainer.batch, setup.key).compile())
     print(f"{timing.machine()}; {args.config}: {trainer.num_parameters:,} parameters, batch {config.train.batch_size}")
-    print(f"  state, donated (held once): {memory.alias_size_in_bytes / MIB:,.1f} MiB")
-    print(f"  temporaries:                {memory.temp_size_in_bytes / MIB:,.1f} MiB")
-    print(f"  peak, memory_analysis():    {predicted / MIB:,.1f} MiB")
+    for name, size in memory.items():
+        print(f"  {name + ':':<19}{size / MIB:,.1f} MiB")
 
     jax.block_until_ready(trainer.steps(args.steps))
     device = jax.local_devices()[0]
@@ -46,7 +44,7 @@ def main() -> None:
     if measured is None:
         print(f"  peak_bytes_in_use: the {device.platform} backend does not tell")
     else:
-        print(f"  peak_bytes_in_use:          {measured / MIB:,.1f} MiB, {measured / predicted:.3f} of the above")
+        print(f"  {'peak_bytes_in_use:':<19}{measured / MIB:,.1f} MiB, {measured / memory['peak']:.3f} of the above")
 
 
 if __name__ == "__main__":

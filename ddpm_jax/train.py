@@ -240,13 +240,7 @@ def dry_run(config: Config) -> None:
     print(f"dtype: {experiment.compute_dtype(config).name}")
     key = jax.eval_shape(lambda: jax.random.key(0))
     compiled = setup.train_step.lower(setup.abstract_state, setup.abstract_batch(), key).compile()
-    memory = compiled.memory_analysis()
-    state_bytes = sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(setup.abstract_state)
-    )
-    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    peak += memory.temp_size_in_bytes
-    for name, size in (("state", state_bytes), ("temporaries", memory.temp_size_in_bytes), ("peak", peak)):
+    for name, size in training.step_memory(compiled).items():
         print(f"memory a device, {name}: {size / 2**20:,.1f} MiB")
     if config.data.placement == "device":
         print(f"  and {math.prod(experiment.image_shape(config)):,} bytes for each image of the data set")

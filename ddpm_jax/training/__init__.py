@@ -6,7 +6,7 @@ from ddpm_jax.training.mesh import batch_sharding, make_mesh, replicated
 from ddpm_jax.training.metrics import MetricsWriter, summarize
 from ddpm_jax.training.optimizer import LearningRate, make_learning_rate, make_optimizer
 from ddpm_jax.training.state import Params, TrainState, abstract_state, init_state, new_state
-from ddpm_jax.training.step import Batch, LossFn, Metrics, make_train_step, train_step
+from ddpm_jax.training.step import Batch, LossFn, Metrics, make_train_step, step_memory, train_step
 from ddpm_jax.training.stop import Stop, Stopped, stop_signal
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "restore",
     "restore_latest",
     "save",
+    "step_memory",
     "stop_signal",
     "summarize",
     "train_step",
