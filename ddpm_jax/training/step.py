@@ -115,7 +115,7 @@ def make_train_step(
 
 def step_memory(compiled: jax.stages.Compiled) -> dict[str, int]:
     """Bytes on each device while a compiled step runs: the donated state, the temporaries, and the peak of all."""
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     donated, temporaries = memory.alias_size_in_bytes, memory.temp_size_in_bytes
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - donated + temporaries
     return {"state": donated, "temporaries": temporaries, "peak": peak}
