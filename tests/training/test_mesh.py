@@ -125,5 +125,5 @@ def test_meshes_that_cannot_be(eight):
         "9,1": "mesh.data=9, mesh.fsdp=1: need 9 devices, and there are 8",
         "4,4": "mesh.data=4, mesh.fsdp=4: need 16 devices, and there are 8",
         "-1,3": "mesh.fsdp=3: does not divide the 8 devices",
-        "0,1": "mesh.data=0, mesh.fsdp=1: need 0 devices, and there are 8",
+        "0,1": "mesh.data=0, mesh.fsdp=1: must be positive; data = -1 is all the rest",
     }
