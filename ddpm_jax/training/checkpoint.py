@@ -36,6 +36,9 @@ def open_checkpoints(
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
             enable_async_checkpointing=not read_only,
             read_only=read_only,
+            # What read_only implies; said by us, because Orbax says it in a warning.
+            create=not read_only,
+            save_interval_steps=0 if read_only else 1,
         ),
     )
 

@@ -45,5 +45,5 @@ def test_one_network_call_a_step_and_no_compilation_for_another_weight():
     network = Partial(counted)
     for w in (2.0, 3.0):
         guided = diffusion.guided(network, jnp.array([0, 1]), NULL, w)
-        diffusion.sample(guided, schedule, x_T, jax.random.key(1), num_steps=4)
+        diffusion.sample(guided, schedule, x_T, jax.random.key(1), num_steps=4, spacing="trailing")
     assert calls == [(4, 2, 2, 1)]  # traced once, for both weights, with both halves in one batch
