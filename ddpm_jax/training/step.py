@@ -34,9 +34,8 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """Gradient, optimizer, average of the parameters.
 
-    The average moves by ema <- d ema + (1 - d) params, d = min(ema_decay, (1 + step) / (10 + step)), and is a copy of
-    the parameters before ema_start. A step whose loss or gradient is not finite changes nothing but ``step`` and
-    ``skipped_steps``: the next one meets another batch and other noise.
+    A step whose loss or gradient is not finite changes nothing but ``step`` and ``skipped_steps``: the next one meets
+    another batch and other noise.
 
     Args:
         state: donated, where this is jitted by ``make_train_step``.
@@ -45,8 +44,7 @@ def train_step(
         loss_fn: ``(params, batch, keys [B]) -> (loss [], sums)``, with one key an example.
         optimizer: optax.
         learning_rate: of the optimizer, for the metrics.
-        ema_decay: in [0, 1).
-        ema_start: in steps.
+        ema_decay, ema_start: see ``ema_step``.
         prepare: what turns a batch as it was sent into examples, inside the program.
         split: cuts the examples into micro-batches [A B/A ...]; None takes them in one piece.
 
@@ -63,10 +61,7 @@ def train_step(
 
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    n = state.step.astype(jnp.float32)
-    decay = jnp.where(state.step < ema_start, 0.0, jnp.minimum(ema_decay, (1 + n) / (10 + n)))
-    # In float32 1 - d is exact for d >= 1/2, so the two weights add up to one and the average of a constant is it.
-    ema_params = optax.incremental_update(params, state.ema_params, 1 - decay)
+    ema_params = ema_step(state.ema_params, params, state.step, decay=ema_decay, start=ema_start)
 
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -85,6 +80,22 @@ def train_step(
         "skipped_steps": new_state.skipped_steps,
     }
     return new_state, metrics
+
+
+def ema_step(ema_params: Params, params: Params, step: jax.Array, *, decay: float, start: int = 0) -> Params:
+    """ema <- d ema + (1 - d) params, d = min(decay, (1 + step) / (10 + step)); a copy of params before step ``start``.
+
+    Args:
+        ema_params: the average, float32.
+        params: the parameters after the step.
+        step: int32 [], the steps before this one.
+        decay: in [0, 1).
+        start: in steps.
+    """
+    n = step.astype(jnp.float32)
+    d = jnp.where(step < start, 0.0, jnp.minimum(decay, (1 + n) / (10 + n)))
+    # In float32 1 - d is exact for d >= 1/2, so the two weights add up to one and an average does not drift.
+    return optax.incremental_update(params, ema_params, 1 - d)
 
 
 def make_train_step(
