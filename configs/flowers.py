@@ -16,7 +16,7 @@ this set, so what differs from their CIFAR-10 recipe is chosen for 8,189 images 
   of one A100. Estimated, not measured.
 
 Expected: flowers of all kinds, sharp at 64x64, few-step DDIM included. Not measured here at full length (no
-accelerator was at hand); the README shows a narrow network after an hour on two CPU cores.
+accelerator was at hand); the README shows a narrow network after half an hour on two CPU cores.
 """
 
 from ddpm_jax.config import (
