@@ -1,6 +1,7 @@
 import fcntl
 import os
 import pty
+import select
 import struct
 import sys
 import termios
@@ -108,7 +109,10 @@ def terminal(monkeypatch):
 
     def read() -> str:
         sys.stderr.flush()
-        return os.read(ours, 100_000).decode().replace("\r\n", "\n")
+        written = b""
+        while select.select([ours], [], [], 0.3)[0]:  # the kernel hands over a write at a time, and late
+            written += os.read(ours, 100_000)
+        return written.decode().replace("\r\n", "\n")
 
     yield open_terminal, read
     os.close(ours)
