@@ -40,7 +40,9 @@ def test_the_promised_fields_exist():
 
 
 def test_the_defaults_are_valid():
-    validate(Config())
+    config = Config()
+    validate(config)
+    assert config == Config()  # a look, and no more
 
 
 def test_every_field_survives_json():
@@ -184,7 +186,9 @@ def test_a_bad_value_is_refused_with_its_field_its_value_and_the_remedy(fields, 
 )
 @pytest.mark.filterwarnings("ignore::ddpm_jax.diffusion.ScheduleWarning")
 def test_a_good_value_is_taken(fields):
-    validate(changed(fields))
+    config = changed(fields)
+    validate(config)
+    assert config == changed(fields)
 
 
 @pytest.mark.parametrize(

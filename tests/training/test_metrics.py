@@ -118,7 +118,9 @@ def test_tensorboard_hides_what_a_resumed_run_does_again(tmp_path):
 
 def test_closing_twice_does_no_harm(tmp_path):
     with MetricsWriter(tmp_path, first_step=0) as writer:
+        writer.write(1, {"loss": 0.5})
         writer.close()
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
 
 
 # The line of an interval
