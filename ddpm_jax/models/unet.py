@@ -9,6 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ddpm_jax.models.convolution import conv_for_training
+
 NORM_EPSILON = 1e-6
 REMATS = ("none", "blocks", "dots")
 ATTENTIONS = ("xla", "cudnn")
@@ -71,7 +73,7 @@ class UNet(nn.Module):
         embedding = self._embed(t, label)
         last_level = len(self.channel_mults) - 1
 
-        h = conv(self.base_channels, dtype=self.dtype, name="conv_in")(x_t.astype(self.dtype))
+        h = conv(self.base_channels, train=train, dtype=self.dtype, name="conv_in")(x_t.astype(self.dtype))
         skips = [h]
         for level, mult in enumerate(self.channel_mults):
             for i in range(self.num_res_blocks):
@@ -80,7 +82,7 @@ class UNet(nn.Module):
                     h = attend(name=f"down_{level}_attention_{i}")(h)
                 skips.append(h)
             if level < last_level:
-                h = conv(h.shape[-1], strides=2, dtype=self.dtype, name=f"down_{level}_downsample")(h)
+                h = conv(h.shape[-1], train=train, strides=2, dtype=self.dtype, name=f"down_{level}_downsample")(h)
                 skips.append(h)
 
         h = block(h.shape[-1], name="middle_block_0")(h, embedding, train)
@@ -95,11 +97,11 @@ class UNet(nn.Module):
                     h = attend(name=f"up_{level}_attention_{i}")(h)
             if level > 0:
                 h = h.repeat(2, axis=1).repeat(2, axis=2)  # nearest neighbour
-                h = conv(h.shape[-1], dtype=self.dtype, name=f"up_{level}_upsample")(h)
+                h = conv(h.shape[-1], train=train, dtype=self.dtype, name=f"up_{level}_upsample")(h)
 
         # Few channels, so float32 is nearly free here, and the output keeps more than bfloat16's eight bits.
         h = nn.silu(group_norm(h, self.num_groups, jnp.float32, name="norm_out"))
-        return conv(self.out_channels, kernel_init=zero_init, dtype=jnp.float32, name="conv_out")(h)
+        return conv(self.out_channels, train=train, kernel_init=zero_init, dtype=jnp.float32, name="conv_out")(h)
 
     def _embed(self, t: jax.Array, label: jax.Array | None) -> jax.Array:
         """[B 4 base_channels]: sinusoids of t through an MLP, plus a learned vector a class."""
@@ -135,14 +137,14 @@ class ResBlock(nn.Module):
     def __call__(self, x: jax.Array, embedding: jax.Array, train: bool) -> jax.Array:
         """x [B H W C] and embedding [B D] -> [B H W channels]."""
         h = nn.silu(group_norm(x, self.num_groups, self.dtype, name="norm_0"))
-        h = conv(self.channels, dtype=self.dtype, name="conv_0")(h)
+        h = conv(self.channels, train=train, dtype=self.dtype, name="conv_0")(h)
         time = nn.Dense(self.channels, kernel_init=default_init, dtype=self.dtype, name="time_dense")(
             nn.silu(embedding)
         )
         h += time[:, None, None, :]
         h = nn.silu(group_norm(h, self.num_groups, self.dtype, name="norm_1"))
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
-        h = conv(self.channels, kernel_init=zero_init, dtype=self.dtype, name="conv_1")(h)
+        h = conv(self.channels, train=train, kernel_init=zero_init, dtype=self.dtype, name="conv_1")(h)
         if x.shape[-1] != self.channels:
             x = nn.Dense(self.channels, kernel_init=default_init, dtype=self.dtype, name="shortcut")(x)
         return x + h
@@ -194,9 +196,20 @@ def group_norm(x: jax.Array, num_groups: int, dtype: Any, name: str) -> jax.Arra
     return nn.GroupNorm(groups, epsilon=NORM_EPSILON, dtype=dtype, name=name)(x)
 
 
-def conv(channels: int, *, strides: int = 1, kernel_init: Any = default_init, dtype: Any, name: str) -> nn.Conv:
+def conv(
+    channels: int, *, train: bool, strides: int = 1, kernel_init: Any = default_init, dtype: Any, name: str
+) -> nn.Conv:
     """3x3, SAME: with stride 2 on an even size the padding lies at the bottom and on the right, as in TensorFlow."""
-    return nn.Conv(channels, (3, 3), strides, padding="SAME", kernel_init=kernel_init, dtype=dtype, name=name)
+    return nn.Conv(
+        channels,
+        (3, 3),
+        strides,
+        padding="SAME",
+        kernel_init=kernel_init,
+        dtype=dtype,
+        conv_general_dilated_cls=(lambda: conv_for_training) if train else None,
+        name=name,
+    )
 
 
 def check_attention(implementation: str, head_widths: Sequence[int], dtype: Any, device: jax.Device) -> None:
