@@ -34,6 +34,7 @@ import jax.numpy as jnp
 from benchmarks import network, timing
 from ddpm_jax import experiment
 from ddpm_jax.config import Config
+from ddpm_jax.models.unet import default_num_groups
 
 OURS = "ddpm_jax"
 PEAK = "matmul"
@@ -73,6 +74,7 @@ def torch_model(config: Config) -> Any:
         flip_sin_to_cos=False,
         freq_shift=1,
         norm_eps=1e-6,
+        norm_num_groups=default_num_groups(model.base_channels),
         dropout=model.dropout,
     )
 
@@ -133,7 +135,7 @@ def torch_contenders(config: Config, num_parameters: int) -> dict[str, dict[str,
     """PyTorch's ways to do it on this machine; none, and a line that says why, where they cannot be compared."""
     missing = [name for name in ("torch", "diffusers") if importlib.util.find_spec(name) is None]
     if missing:
-        print(f"only ours: {' and '.join(missing)} not installed (pip install 'ddpm_jax[benchmark]')")
+        print(f"only ours: {' and '.join(missing)} not installed (pip install 'ddpm_jax[interop]')")
         return {}
     import torch
 

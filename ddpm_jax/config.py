@@ -38,10 +38,20 @@ class ModelConfig:
     channel_mults: tuple[int, ...] = (1, 2, 2, 2)
     num_res_blocks: int = 2
     attention_resolutions: tuple[int, ...] = (16,)
+    up_attention_resolutions: tuple[int, ...] | None = None  # where they differ on the way up
+    middle_attention: bool = True
+    middle_attention_groups: int | None = None  # None: num_groups; 0: no norm
+    attention_head_channels: int | None = None  # None: one head
     attention: str = "xla"  # or cudnn
-    num_groups: int = 32  # of the group norms
+    num_groups: int | None = None  # of the group norms; None: 32, or fewer where base_channels < 128
+    norm_epsilon: float = 1e-6
+    time_scale_shift: bool = False
+    downsample_padding: int = 0  # 0: bottom and right, 1: all sides
+    flip_sin_to_cos: bool = False
+    freq_shift: float = 1.0
     dropout: float = 0.0
     num_classes: int = 0  # 0: no labels
+    null_label: bool = True  # whether label num_classes stands for "no label"
     label_dropout: float = 0.0  # share of examples trained without their label, for guidance
 
 
@@ -127,6 +137,7 @@ _CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"),
     "data.channels": (1, 3),
     "data.placement": ("host", "device"),
+    "model.downsample_padding": (0, 1),
     "model.kind": ("unet",),
     "model.attention": ("xla", "cudnn"),
     "diffusion.schedule": diffusion.SCHEDULES,
@@ -143,7 +154,7 @@ _POSITIVE = [
     "data.image_size",
     "model.base_channels",
     "model.num_res_blocks",
-    "model.num_groups",
+    "model.norm_epsilon",
     "diffusion.num_timesteps",
     "optimizer.learning_rate",
     "train.batch_size",
@@ -237,18 +248,24 @@ def _check_network(config: Config) -> None:
             f"{model.channel_mults} halves the image {levels - 1} times"
         )
     heights = [size // 2**i for i in range(levels)]
-    for resolution in model.attention_resolutions:
-        if resolution not in heights:
-            raise ConfigError(
-                f"config.model.attention_resolutions={model.attention_resolutions}: no level has height {resolution}; "
-                f"the levels' heights are {', '.join(map(str, heights))}"
-            )
+    for field in ("attention_resolutions", "up_attention_resolutions"):
+        for resolution in getattr(model, field) or ():
+            if resolution not in heights:
+                raise ConfigError(
+                    f"config.model.{field}={getattr(model, field)}: no level has height {resolution}; "
+                    f"the levels' heights are {', '.join(map(str, heights))}"
+                )
     if model.base_channels < 4:
         raise ConfigError(f"config.model.base_channels={model.base_channels}: the time embedding needs at least 4")
-    if model.label_dropout and not model.num_classes:
-        raise ConfigError(
-            f"config.model.label_dropout={model.label_dropout}: there is no label to drop; set config.model.num_classes"
-        )
+    for field, optional in (("num_groups", 1), ("middle_attention_groups", 0), ("attention_head_channels", 1)):
+        value = getattr(model, field)
+        if value is not None and (value < optional or model.base_channels % (value or 1)):
+            raise ConfigError(
+                f"config.model.{field}={value}: must divide config.model.base_channels={model.base_channels}"
+            )
+    if model.label_dropout and not (model.num_classes and model.null_label):
+        remedy = "set config.model.null_label" if model.num_classes else "set config.model.num_classes"
+        raise ConfigError(f"config.model.label_dropout={model.label_dropout}: there is no label to drop; {remedy}")
     if config.sampling.guidance != 1 and not (model.num_classes and model.label_dropout):
         raise ConfigError(
             f"config.sampling.guidance={config.sampling.guidance}: needs a network trained with "
@@ -278,16 +295,19 @@ def _check_chains(config: Config) -> None:
 
 def _check_type(field: str, value: Any) -> None:
     wanted = _field_type(field)
-    if typing.get_origin(wanted) is tuple:
-        fits = isinstance(value, tuple | list) and all(type(x) is int for x in value)
-    else:
-        options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
-        # An int is a fine float, and True is a poor int.
-        options += (int,) if float in options else ()
-        fits = isinstance(value, options) and (bool in options or not isinstance(value, bool))
-    if not fits:
-        name = getattr(wanted, "__name__", str(wanted)) if typing.get_origin(wanted) is None else str(wanted)
+    options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+    if not any(_fits(value, option) for option in options):
+        name = wanted.__name__ if type(wanted) is type else str(wanted)
         raise ConfigError(f"config.{field}={value!r}: must be {name}, not {type(value).__name__}")
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    if typing.get_origin(wanted) is tuple:
+        return isinstance(value, tuple | list) and all(_fits(x, typing.get_args(wanted)[0]) for x in value)
+    # An int is a fine float, and True is a poor int.
+    return isinstance(value, (wanted, int) if wanted is float else wanted) and (
+        wanted is bool or not isinstance(value, bool)
+    )
 
 
 def _field_type(field: str) -> Any:

@@ -50,8 +50,10 @@ def make_model(config: Config) -> models.UNet:
     """The network."""
     settings = config.model
     levels = list(enumerate(settings.channel_mults))
-    attending = [m for i, m in levels if config.data.image_size // 2**i in settings.attention_resolutions]
-    widths = [settings.base_channels * mult for mult in (*attending, settings.channel_mults[-1])]
+    heights = {*settings.attention_resolutions, *(settings.up_attention_resolutions or ())}
+    attending = [m for i, m in levels if config.data.image_size // 2**i in heights]
+    attending += settings.channel_mults[-1:] if settings.middle_attention else ()
+    widths = [settings.attention_head_channels or settings.base_channels * mult for mult in attending]
     try:
         models.check_attention(settings.attention, widths, compute_dtype(config), jax.devices()[0])
     except ValueError as error:
@@ -62,9 +64,21 @@ def make_model(config: Config) -> models.UNet:
         channel_mults=tuple(settings.channel_mults),
         num_res_blocks=settings.num_res_blocks,
         attention_resolutions=tuple(settings.attention_resolutions),
+        up_attention_resolutions=None
+        if settings.up_attention_resolutions is None
+        else tuple(settings.up_attention_resolutions),
+        middle_attention=settings.middle_attention,
+        middle_attention_groups=settings.middle_attention_groups,
+        attention_head_channels=settings.attention_head_channels,
         num_groups=settings.num_groups,
+        norm_epsilon=settings.norm_epsilon,
+        time_scale_shift=settings.time_scale_shift,
+        downsample_padding=settings.downsample_padding,
+        flip_sin_to_cos=settings.flip_sin_to_cos,
+        freq_shift=settings.freq_shift,
         dropout=settings.dropout,
         num_classes=settings.num_classes,
+        null_label=settings.null_label,
         attention=settings.attention,
         remat=config.train.remat,
         dtype=compute_dtype(config),
@@ -271,6 +285,30 @@ def check_workdir(workdir: str, config: Config) -> None:
             f"{workdir} holds a run of another model or diffusion ({'; '.join(differing)}); "
             "use another --workdir, or the same fields"
         )
+
+
+def check_new_workdir(workdir: str) -> None:
+    """Refuses a workdir that holds a run already."""
+    path = epath.Path(workdir)
+    if (path / "config.json").exists() or (path / "checkpoints").exists():
+        raise RunError(f"{workdir}: holds a run already; choose another --workdir")
+
+
+def write_run(workdir: str, config: Config, params: training.Params, ema_params: training.Params) -> None:
+    """A run at step 0 that begins with these parameters and a fresh optimizer; all of it, or nothing is left behind."""
+    check_new_workdir(workdir)
+    optimizer, _ = make_optimizer(config)
+    state = training.new_state(jax.tree.map(jnp.asarray, params), optimizer)
+    state = state._replace(ema_params=jax.tree.map(jnp.asarray, ema_params))
+    path = epath.Path(workdir)
+    existed = path.exists()
+    try:
+        with training.open_checkpoints(workdir) as checkpoints:
+            training.save(checkpoints, state)
+        write_config(workdir, config)
+    except BaseException:
+        (path / "checkpoints" if existed else path).rmtree(missing_ok=True)
+        raise
 
 
 def write_config(workdir: str, config: Config) -> None:

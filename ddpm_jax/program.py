@@ -1,9 +1,10 @@
 """How every program starts: flags in, one clear line out where the user made a mistake."""
 
+import functools
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 from absl import app, flags, logging
@@ -12,10 +13,21 @@ from ml_collections import config_flags
 from ddpm_jax.config import Config, ConfigError, field_names, nearest_field, validate
 
 
-def run(main: Callable[[], int | None], define_flags: Callable[[], None]) -> NoReturn:
+Commands = Mapping[str, Sequence[str]]
+
+
+def run(
+    main: Callable[..., int | None], define_flags: Callable[[], None], commands: Commands | None = None
+) -> NoReturn:
     """Defines and parses the flags and runs ``main``; its value is the exit status.
 
     The flags are defined here and not when a program's module is imported, so that a notebook may import two of them.
+
+    Args:
+        main: the program.
+        define_flags: defines its flags.
+        commands: what the first argument may be, each with the names of the arguments that follow it, all of which
+            ``main`` is called with: {"from-ddpm": ("PATH",)}. None: the program takes flags only.
 
     A mistake of the user's (a flag, a config, the data, the workdir) ends in one line on stderr and status 2 or 1,
     never in a traceback; anything else is a bug and shows where it is.
@@ -23,20 +35,24 @@ def run(main: Callable[[], int | None], define_flags: Callable[[], None]) -> NoR
     define_flags()
     warnings.showwarning = _show_warning
     logging.set_verbosity(logging.ERROR)  # Orbax logs a dozen lines a checkpoint
-    app.run(lambda _: sys.exit(_guarded(main)), flags_parser=_parse_flags)
+    app.run(
+        lambda argv: sys.exit(_guarded(functools.partial(main, *argv[1:]))),
+        flags_parser=functools.partial(_parse_flags, commands=commands),
+    )
     raise AssertionError("app.run does not return")
 
 
 def _guarded(main: Callable[[], int | None]) -> int | None:
     from ddpm_jax.data import DataError
     from ddpm_jax.experiment import RunError
+    from ddpm_jax.interop import InteropError
     from ddpm_jax.training import Stopped
 
     try:
         return main()
     except KeyboardInterrupt:
         return 130
-    except (ConfigError, DataError, RunError) as error:
+    except (ConfigError, DataError, InteropError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except Stopped as stopped:
@@ -44,18 +60,41 @@ def _guarded(main: Callable[[], int | None]) -> int | None:
         return stopped.exit_code
 
 
-def _parse_flags(argv: Sequence[str]) -> list[str]:
+def _parse_flags(argv: Sequence[str], commands: Commands | None) -> list[str]:
     """absl's own parser, with its errors and those of a config file in one line."""
     try:
         _check_overrides(argv)
-        rest = flags.FLAGS(list(argv))
-        if rest[1:]:
-            raise ConfigError(f"{rest[1]}: not a flag; flags begin with --, and a bool is --name or --noname")
+        rest = flags.FLAGS(_with_config_of_run(argv))
+        _check_arguments(rest[1:], commands)
         return rest
     except Exception as error:  # of absl, of ml_collections, or of the config file, which is a program of the user's
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         print(f"error: {first_line} (--help lists the flags)", file=sys.stderr)
         sys.exit(2)
+
+
+def _check_arguments(arguments: Sequence[str], commands: Commands | None) -> None:
+    if commands is None:
+        if arguments:
+            raise ConfigError(f"{arguments[0]}: not a flag; flags begin with --, and a bool is --name or --noname")
+        return
+    usages = ", ".join(" ".join([command, *names]) for command, names in commands.items())
+    if not arguments or arguments[0] not in commands:
+        raise ConfigError(f"{arguments[0] if arguments else 'no command'}: choose one of {usages}")
+    command, *rest = arguments
+    if len(rest) != len(commands[command]):
+        raise ConfigError(f"{' '.join(arguments)}: write {' '.join([command, *commands[command]])}")
+
+
+def _with_config_of_run(argv: Sequence[str]) -> list[str]:
+    """Where a program takes --config and has only --workdir, the config of the run there, which overrides may change."""
+    given = {argument.lstrip("-").partition("=")[0]: i for i, argument in enumerate(argv) if argument.startswith("-")}
+    if "config" not in flags.FLAGS or "config" in given or "workdir" not in given:
+        return list(argv)
+    i = given["workdir"]
+    workdir = argv[i].partition("=")[2] or (argv[i + 1] if i + 1 < len(argv) else "")
+    file = os.path.join(os.path.dirname(__file__), "run_config.py")
+    return [argv[0], f"--config={file}:{workdir}", *argv[1:]]
 
 
 def _check_overrides(argv: Sequence[str]) -> None:
@@ -76,8 +115,9 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: object, *
 
 
 def define_config() -> None:
-    """The flag ``--config``, a file, and ``--config.<field>``, its overrides."""
-    config_flags.DEFINE_config_file("config", None, "Path to a config file, such as configs/flowers.py.")
+    """The flag ``--config``, a file, and ``--config.<field>``, its overrides; ``--workdir`` alone takes its run's."""
+    help_text = "Path to a config file, such as configs/flowers.py; the config of the run in --workdir where left out."
+    config_flags.DEFINE_config_file("config", None, help_text)
 
 
 def loaded_config() -> tuple[Config, str]:

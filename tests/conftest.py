@@ -143,7 +143,7 @@ for number, arguments in enumerate(command_lines):
             os.dup2(os.open(f"{os.environ['RESULTS']}/{number}.{suffix}", os.O_WRONLY | os.O_CREAT), stream)
         sys.argv, code = [name, *arguments], 99
         try:
-            program.run(module.main, module.define_flags)
+            program.run(module.main, module.define_flags, getattr(module, "COMMANDS", None))
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else int(error.code is not None)
         except BaseException:

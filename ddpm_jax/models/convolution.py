@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+SAME = ((1, 1), (1, 1))
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 # Of one matrix product: the expanded operands of that many positions stay in the caches of a CPU core.
 BLOCK_POSITIONS = 2048
@@ -18,14 +19,14 @@ def conv_for_training(x: jax.Array, kernel: jax.Array, strides: Any, padding: An
     products. Where that matters, ``weight_gradient`` is used instead. Such a convolution has no forward-mode derivative
     (``jax.jvp``), so networks ask for it in training only.
     """
-    height, wide = x.shape[1], min(kernel.shape[2:]) >= 8
-    if x.dtype == jnp.float32 and kernel.shape[:2] == (3, 3) and tuple(strides) == (1, 1) and height >= 16 and wide:
+    same = kernel.shape[:2] == (3, 3) and tuple(strides) == (1, 1) and tuple(padding) == SAME
+    if same and x.dtype == jnp.float32 and x.shape[1] >= 16 and min(kernel.shape[2:]) >= 8:
         return _conv3x3(x, kernel)
     return lax.conv_general_dilated(x, kernel, strides, padding, **options)
 
 
 def weight_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
-    """dW[i, j, c, d] = sum_bhw x[b, h + i - 1, w + j - 1, c] g[b, h, w, d], the gradient of a SAME 3x3 convolution.
+    """dW[i, j, c, d] = sum_bhw x[b, h + i - 1, w + j - 1, c] g[b, h, w, d], the gradient of a 3x3 convolution padded by 1.
 
     Shifting x by the three columns and g by the three rows makes one matrix product [3C, B H W] @ [B H W, 3D] of it,
     and nothing is expanded ninefold. It runs over blocks of rows.
@@ -58,7 +59,7 @@ def weight_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
 
 
 def _convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=DIMENSIONS)
+    return lax.conv_general_dilated(x, kernel, (1, 1), SAME, dimension_numbers=DIMENSIONS)
 
 
 _conv3x3 = jax.custom_vjp(_convolve)

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 
 from ddpm_jax.models.convolution import conv_for_training
 
-NORM_EPSILON = 1e-6
 REMATS = ("none", "blocks", "dots")
 ATTENTIONS = ("xla", "cudnn")
 
@@ -32,10 +31,21 @@ class UNet(nn.Module):
         base_channels: width of the first level; that of level i is ``base_channels * channel_mults[i]``.
         channel_mults: one factor a level; each level but the last halves the image.
         num_res_blocks: residual blocks a level on the way down; one more on the way up.
-        attention_resolutions: heights of the levels whose blocks are followed by attention. The middle always has it.
-        num_groups: of every group norm; layers with no more channels than that take groups of four channels.
+        attention_resolutions: heights of the levels whose blocks are followed by attention.
+        up_attention_resolutions: the same on the way up, where that differs; None: it does not.
+        middle_attention: whether there is attention between the two blocks of the middle.
+        middle_attention_groups: of its norm; None: ``num_groups``, 0: it has no norm.
+        attention_head_channels: width of an attention head; None is one head.
+        num_groups: of every group norm, a divisor of ``base_channels``; None is ``default_num_groups``.
+        norm_epsilon: of every group norm.
+        time_scale_shift: the time scales and shifts the second norm of each block, h (1 + scale) + shift (Dhariwal &
+            Nichol 2021, section 3), in place of being added before it.
+        downsample_padding: 0 pads a halving convolution at the bottom and on the right, as Ho et al.; 1 on all sides.
+        flip_sin_to_cos: the embedding of t begins with the cosines.
+        freq_shift: see ``timestep_embedding``.
         dropout: rate, before the second convolution of each block.
-        num_classes: 0 for an unconditional network. Label ``num_classes`` stands for "no label".
+        num_classes: 0 for an unconditional network.
+        null_label: whether label ``num_classes`` stands for "no label".
         attention: "xla" or "cudnn", the implementation of ``jax.nn.dot_product_attention``.
         remat: what the backward pass computes again: "none", "blocks" (all but the blocks' inputs) or "dots" (all
             but the outputs of convolutions and matrix products).
@@ -47,9 +57,19 @@ class UNet(nn.Module):
     channel_mults: Sequence[int] = (1, 2, 2, 2)
     num_res_blocks: int = 2
     attention_resolutions: Sequence[int] = (16,)
-    num_groups: int = 32
+    up_attention_resolutions: Sequence[int] | None = None
+    middle_attention: bool = True
+    middle_attention_groups: int | None = None
+    attention_head_channels: int | None = None
+    num_groups: int | None = None
+    norm_epsilon: float = 1e-6
+    time_scale_shift: bool = False
+    downsample_padding: int = 0
+    flip_sin_to_cos: bool = False
+    freq_shift: float = 1.0
     dropout: float = 0.0
     num_classes: int = 0
+    null_label: bool = True
     attention: str = "xla"
     remat: str = "none"
     dtype: Any = jnp.float32
@@ -65,12 +85,12 @@ class UNet(nn.Module):
             train: whether dropout is on; it then needs an rng named "dropout".
         """
         self._check(x_t, label)
-        # `train` is argument 3 of a residual block, the module itself being 0.
-        common = {"num_groups": self.num_groups, "dtype": self.dtype}
-        block = functools.partial(_with_remat(ResBlock, self.remat, (3,)), dropout=self.dropout, **common)
-        attention = _with_remat(AttentionBlock, self.remat)
-        attend = functools.partial(attention, implementation=self.attention, **common)
+        num_groups = self.num_groups or default_num_groups(self.base_channels)
+        norm = functools.partial(nn.GroupNorm, num_groups=num_groups, epsilon=self.norm_epsilon)
+        block, attend = self._blocks(norm)
         embedding = self._embed(t, label)
+        attending_up = self.up_attention_resolutions
+        attending_up = self.attention_resolutions if attending_up is None else attending_up
         last_level = len(self.channel_mults) - 1
 
         h = conv(self.base_channels, train=train, dtype=self.dtype, name="conv_in")(x_t.astype(self.dtype))
@@ -82,36 +102,62 @@ class UNet(nn.Module):
                     h = attend(name=f"down_{level}_attention_{i}")(h)
                 skips.append(h)
             if level < last_level:
-                h = conv(h.shape[-1], train=train, strides=2, dtype=self.dtype, name=f"down_{level}_downsample")(h)
+                halve = {"strides": 2, "padding": self.downsample_padding}
+                h = conv(h.shape[-1], train=train, dtype=self.dtype, name=f"down_{level}_downsample", **halve)(h)
                 skips.append(h)
 
         h = block(h.shape[-1], name="middle_block_0")(h, embedding, train)
-        h = attend(name="middle_attention")(h)
+        if self.middle_attention:
+            groups = num_groups if self.middle_attention_groups is None else self.middle_attention_groups
+            middle_norm = functools.partial(norm, num_groups=groups) if groups else None
+            h = attend(norm=middle_norm, name="middle_attention")(h)
         h = block(h.shape[-1], name="middle_block_1")(h, embedding, train)
 
         for level, mult in reversed(list(enumerate(self.channel_mults))):
             for i in range(self.num_res_blocks + 1):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
                 h = block(self.base_channels * mult, name=f"up_{level}_block_{i}")(h, embedding, train)
-                if h.shape[1] in self.attention_resolutions:
+                if h.shape[1] in attending_up:
                     h = attend(name=f"up_{level}_attention_{i}")(h)
             if level > 0:
                 h = h.repeat(2, axis=1).repeat(2, axis=2)  # nearest neighbour
                 h = conv(h.shape[-1], train=train, dtype=self.dtype, name=f"up_{level}_upsample")(h)
 
         # Few channels, so float32 is nearly free here, and the output keeps more than bfloat16's eight bits.
-        h = nn.silu(group_norm(h, self.num_groups, jnp.float32, name="norm_out"))
+        h = nn.silu(norm(dtype=jnp.float32, name="norm_out")(h))
         return conv(self.out_channels, train=train, kernel_init=zero_init, dtype=jnp.float32, name="conv_out")(h)
+
+    def _blocks(self, norm: Any) -> tuple[Any, Any]:
+        """What makes a residual block and an attention block."""
+        # `train` is argument 3 of a residual block, the module itself being 0.
+        block = functools.partial(
+            _with_remat(ResBlock, self.remat, (3,)),
+            norm=norm,
+            dropout=self.dropout,
+            time_scale_shift=self.time_scale_shift,
+            dtype=self.dtype,
+        )
+        attend = functools.partial(
+            _with_remat(AttentionBlock, self.remat),
+            norm=norm,
+            head_channels=self.attention_head_channels,
+            implementation=self.attention,
+            dtype=self.dtype,
+        )
+        return block, attend
 
     def _embed(self, t: jax.Array, label: jax.Array | None) -> jax.Array:
         """[B 4 base_channels]: sinusoids of t through an MLP, plus a learned vector a class."""
         width = 4 * self.base_channels
-        embedding = timestep_embedding(t, self.base_channels)
+        embedding = timestep_embedding(
+            t, self.base_channels, cosine_first=self.flip_sin_to_cos, freq_shift=self.freq_shift
+        )
         embedding = nn.Dense(width, kernel_init=default_init, dtype=self.dtype, name="time_dense_0")(embedding)
         embedding = nn.Dense(width, kernel_init=default_init, dtype=self.dtype, name="time_dense_1")(nn.silu(embedding))
         if self.num_classes:
             label = jnp.full(t.shape, self.num_classes) if label is None else label
-            embedding += nn.Embed(self.num_classes + 1, width, dtype=self.dtype, name="class_embedding")(label)
+            rows = self.num_classes + self.null_label
+            embedding += nn.Embed(rows, width, dtype=self.dtype, name="class_embedding")(label)
         return embedding
 
     def _check(self, x_t: jax.Array, label: jax.Array | None) -> None:
@@ -123,27 +169,45 @@ class UNet(nn.Module):
             )
         if label is not None and not self.num_classes:
             raise ValueError("model.num_classes=0: this network takes no label; set num_classes to train with labels")
+        if label is None and self.num_classes and not self.null_label:
+            raise ValueError(
+                "model.null_label=False: this network knows no image without a label; give label, int32 [B]"
+            )
+        if self.base_channels % (self.num_groups or 1):
+            raise ValueError(
+                f"model.num_groups={self.num_groups}: must divide model.base_channels={self.base_channels}"
+            )
+        width, heads = self.attention_head_channels, [self.base_channels * mult for mult in self.channel_mults]
+        if any(channels % (width or channels) for channels in heads):
+            raise ValueError(f"model.attention_head_channels={width}: must divide the channels of every level, {heads}")
 
 
 class ResBlock(nn.Module):
-    """norm, silu, conv, + time, norm, silu, dropout, conv, + shortcut; the last convolution starts at zero."""
+    """norm, silu, conv, + time, norm, silu, dropout, conv, + shortcut; the last convolution starts at zero.
+
+    With ``time_scale_shift`` the time acts right after the second norm.
+    """
 
     channels: int
-    num_groups: int
+    norm: Any  # a GroupNorm but for its dtype and name
     dropout: float
+    time_scale_shift: bool
     dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array, embedding: jax.Array, train: bool) -> jax.Array:
         """x [B H W C] and embedding [B D] -> [B H W channels]."""
-        h = nn.silu(group_norm(x, self.num_groups, self.dtype, name="norm_0"))
+        h = nn.silu(self.norm(dtype=self.dtype, name="norm_0")(x))
         h = conv(self.channels, train=train, dtype=self.dtype, name="conv_0")(h)
-        time = nn.Dense(self.channels, kernel_init=default_init, dtype=self.dtype, name="time_dense")(
-            nn.silu(embedding)
-        )
-        h += time[:, None, None, :]
-        h = nn.silu(group_norm(h, self.num_groups, self.dtype, name="norm_1"))
-        h = nn.Dropout(self.dropout, deterministic=not train)(h)
+        width = self.channels * (1 + self.time_scale_shift)
+        time = nn.Dense(width, kernel_init=default_init, dtype=self.dtype, name="time_dense")(nn.silu(embedding))
+        time = time[:, None, None, :]
+        if self.time_scale_shift:
+            scale, shift = jnp.split(time, 2, axis=-1)
+            h = self.norm(dtype=self.dtype, name="norm_1")(h) * (1 + scale) + shift
+        else:
+            h = self.norm(dtype=self.dtype, name="norm_1")(h + time)
+        h = nn.Dropout(self.dropout, deterministic=not train)(nn.silu(h))
         h = conv(self.channels, train=train, kernel_init=zero_init, dtype=self.dtype, name="conv_1")(h)
         if x.shape[-1] != self.channels:
             x = nn.Dense(self.channels, kernel_init=default_init, dtype=self.dtype, name="shortcut")(x)
@@ -151,9 +215,10 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over the pixels, one head, scale C^-1/2; the projection starts at zero."""
+    """Self-attention over the pixels, scale (channels of a head)^-1/2; the projection starts at zero."""
 
-    num_groups: int
+    norm: Any  # a GroupNorm but for its dtype and name, or None
+    head_channels: int | None  # None is one head
     implementation: Any  # "xla" or "cudnn"
     dtype: Any
 
@@ -161,50 +226,65 @@ class AttentionBlock(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B H W C] -> [B H W C]."""
         batch, height, width, channels = x.shape
-        h = group_norm(x, self.num_groups, self.dtype, name="norm").reshape(batch, height * width, 1, channels)
+        h = x if self.norm is None else self.norm(dtype=self.dtype, name="norm")(x)
+        h = h.reshape(batch, height * width, channels)
         dense = functools.partial(nn.Dense, channels, dtype=self.dtype)
-        query, key, value = (dense(kernel_init=default_init, name=name)(h) for name in ("query", "key", "value"))
+        query, key, value = (
+            dense(kernel_init=default_init, name=name)(h).reshape(batch, h.shape[1], -1, self.head_channels or channels)
+            for name in ("query", "key", "value")
+        )
         # Logits and softmax are float32 inside, whatever the dtype of the operands.
         h = jax.nn.dot_product_attention(query, key, value, implementation=self.implementation)
-        h = dense(kernel_init=zero_init, name="projection")(h)
+        h = dense(kernel_init=zero_init, name="projection")(h.reshape(batch, -1, channels))
         return x + h.reshape(x.shape)
 
 
-def timestep_embedding(t: jax.Array, dim: int) -> jax.Array:
-    """sin(t w) then cos(t w), w_i = 10000^(-i / (dim // 2 - 1)), float32 [B dim]; an odd dim ends in a zero.
+def timestep_embedding(t: jax.Array, dim: int, *, cosine_first: bool = False, freq_shift: float = 1.0) -> jax.Array:
+    """sin(t w) then cos(t w), w_i = 10000^(-i / (dim // 2 - freq_shift)), float32 [B dim]; an odd dim ends in a zero.
 
-    The convention of Ho et al.'s code and of the checkpoints made with it; Vaswani et al. 2017 interleave the two.
+    The defaults are the convention of Ho et al.'s code and of the checkpoints made with it; Vaswani et al. 2017
+    interleave the two and shift by 0.
 
     Args:
         t: int32 or float32 [B], in units of timesteps.
         dim: at least 4.
+        cosine_first: cos(t w) then sin(t w).
+        freq_shift: 1 makes the slowest frequency 1 / 10000, 0 ends one step before it.
     """
     half = dim // 2
-    angles = t.astype(jnp.float32)[:, None] * jnp.exp(-math.log(10000.0) / (half - 1) * jnp.arange(half))
-    return jnp.pad(jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1), ((0, 0), (0, dim % 2)))
+    exponents = -math.log(10000.0) / (half - freq_shift) * jnp.arange(half)
+    angles = t.astype(jnp.float32)[:, None] * jnp.exp(exponents)
+    parts = [jnp.cos(angles), jnp.sin(angles)] if cosine_first else [jnp.sin(angles), jnp.cos(angles)]
+    return jnp.pad(jnp.concatenate(parts, axis=-1), ((0, 0), (0, dim % 2)))
 
 
-def group_norm(x: jax.Array, num_groups: int, dtype: Any, name: str) -> jax.Array:
-    """GroupNorm; where ``num_groups`` would leave a group a single channel, groups of four channels.
+def default_num_groups(base_channels: int) -> int:
+    """32 as Ho et al., or fewer in a narrow network, so that a group of the first level has at least four channels.
 
     A group of one would subtract again the shift by which a block is told the time and the class.
     """
-    channels = x.shape[-1]
-    groups = math.gcd(num_groups, channels)
-    if groups == channels:
-        groups = math.gcd(groups, max(channels // 4, 1))
-    return nn.GroupNorm(groups, epsilon=NORM_EPSILON, dtype=dtype, name=name)(x)
+    return max(n for n in range(1, max(1, min(32, base_channels // 4)) + 1) if base_channels % n == 0)
 
 
 def conv(
-    channels: int, *, train: bool, strides: int = 1, kernel_init: Any = default_init, dtype: Any, name: str
+    channels: int,
+    *,
+    train: bool,
+    strides: int = 1,
+    padding: int = 1,
+    kernel_init: Any = default_init,
+    dtype: Any,
+    name: str,
 ) -> nn.Conv:
-    """3x3, SAME: with stride 2 on an even size the padding lies at the bottom and on the right, as in TensorFlow."""
+    """3x3, padded by ``padding`` at the top and on the left, and by 1 at the bottom and on the right.
+
+    padding=0 belongs to strides=2, where it is TensorFlow's SAME on an even size.
+    """
     return nn.Conv(
         channels,
         (3, 3),
         strides,
-        padding="SAME",
+        padding=((padding, 1), (padding, 1)),
         kernel_init=kernel_init,
         dtype=dtype,
         conv_general_dilated_cls=(lambda: conv_for_training) if train else None,

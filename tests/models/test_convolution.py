@@ -22,11 +22,11 @@ def operands(batch, height, width, channels, features):
 
 
 def plain(x, kernel, strides=(1, 1)):
-    return lax.conv_general_dilated(x, kernel, strides, "SAME", dimension_numbers=DIMENSIONS)
+    return lax.conv_general_dilated(x, kernel, strides, ((1, 1), (1, 1)), dimension_numbers=DIMENSIONS)
 
 
 def ours(x, kernel, strides=(1, 1)):
-    return convolution.conv_for_training(x, kernel, strides, "SAME", dimension_numbers=DIMENSIONS)
+    return convolution.conv_for_training(x, kernel, strides, ((1, 1), (1, 1)), dimension_numbers=DIMENSIONS)
 
 
 def test_weight_gradient_is_the_sum_that_it_says():

@@ -12,7 +12,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from ddpm_jax.models import UNet, check_attention
-from ddpm_jax.models.unet import AttentionBlock, ResBlock, conv, group_norm, timestep_embedding
+from ddpm_jax.models.unet import AttentionBlock, ResBlock, conv, default_num_groups, timestep_embedding
 
 TINY = {
     "out_channels": 3,
@@ -21,6 +21,7 @@ TINY = {
     "num_res_blocks": 1,
     "attention_resolutions": (),
 }
+NORM = functools.partial(nn.GroupNorm, num_groups=8, epsilon=1e-6)
 ONE_LEVEL = TINY | {"channel_mults": (1,)}  # where the levels do not matter: half as long to compile
 SHAPE = (2, 8, 8, 3)
 
@@ -129,7 +130,9 @@ def test_what_starts_at_zero():
 
 
 def test_kernels_start_glorot_uniform():
-    kernel = conv(64, dtype=jnp.float32, name="c").init(jax.random.key(0), jnp.zeros((1, 4, 4, 32)))["params"]["kernel"]
+    kernel = conv(64, train=False, dtype=jnp.float32, name="c").init(jax.random.key(0), jnp.zeros((1, 4, 4, 32)))[
+        "params"
+    ]["kernel"]
     bound = math.sqrt(6 / (9 * 32 + 9 * 64))
     assert 0.999 * bound < jnp.abs(kernel).max() <= bound
     np.testing.assert_allclose(kernel.std(), bound / math.sqrt(3), rtol=0.02)
@@ -137,7 +140,7 @@ def test_kernels_start_glorot_uniform():
 
 def test_the_padding_of_a_strided_convolution_lies_at_the_bottom_and_on_the_right():
     x = jnp.arange(1.0, 65.0).reshape(1, 8, 8, 1)
-    down = conv(1, strides=2, dtype=jnp.float32, name="down")
+    down = conv(1, train=False, strides=2, padding=0, dtype=jnp.float32, name="down")
     for row, column in np.ndindex(3, 3):
         kernel = np.zeros((3, 3, 1, 1), np.float32)
         kernel[row, column] = 1
@@ -146,36 +149,35 @@ def test_the_padding_of_a_strided_convolution_lies_at_the_bottom_and_on_the_righ
         np.testing.assert_array_equal(found[0, :, :, 0], expected)
 
 
-def normalised(x, dtype=jnp.float32):
-    """As a network does it; the scale starts at 1 and the bias at 0."""
-
-    class Alone(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return group_norm(x, 32, dtype, name="norm")
-
-    return Alone().init_with_output(jax.random.key(0), x)[0]
+@pytest.mark.parametrize(
+    ("base_channels", "groups"), [(128, 32), (160, 32), (64, 16), (32, 8), (8, 2), (4, 1), (6, 1), (30, 6)]
+)
+def test_groups_of_at_least_four_channels(base_channels, groups):
+    """A group of one channel would take the time and the class away, which a block adds to every pixel alike."""
+    assert default_num_groups(base_channels) == groups
 
 
 def test_group_norm_against_float64():
-    x = np.asarray(jax.random.normal(jax.random.key(0), (2, 4, 6, 192))) * 2 + 0.5
-    groups = x.astype(np.float64).reshape(2, 24, 32, 6)  # 32 groups of 6 channels
+    """Of the network's last norm, which silu and the last convolution follow."""
+    model, params = initialised(**ONE_LEVEL)
+    x_t, t = inputs()
+    _, seen = model.apply({"params": shaken(params)}, x_t, t, capture_intermediates=True)
+    h = np.asarray(seen["intermediates"]["up_0_block_1"]["__call__"][0], np.float64)
+    groups = h.reshape(2, 64, 2, 4)  # eight channels: two groups of four
     mean, variance = (f(groups, axis=(1, 3), keepdims=True) for f in (np.mean, np.var))
-    np.testing.assert_allclose(normalised(x), ((groups - mean) / np.sqrt(variance + 1e-6)).reshape(x.shape), atol=1e-5)
+    p = shaken(params)["norm_out"]
+    expected = ((groups - mean) / np.sqrt(variance + 1e-6)).reshape(h.shape) * p["scale"] + p["bias"]
+    np.testing.assert_allclose(seen["intermediates"]["norm_out"]["__call__"][0], expected, atol=1e-4)
 
 
-def test_group_norm_epsilon_is_that_of_ho_et_al():
-    x = np.full((1, 2, 2, 1), 1e-3, np.float32)
-    x[:, 0] *= -1  # of variance 1e-6, which an epsilon of 1e-6 doubles
-    np.testing.assert_allclose(np.abs(normalised(x)), math.sqrt(0.5), rtol=1e-3)
+def test_number_of_groups_must_divide_the_channels():
+    with pytest.raises(ValueError, match=r"model.num_groups=3: must divide model.base_channels=8"):
+        initialised(num_groups=3)
 
 
-@pytest.mark.parametrize("channels", [8, 16, 32, 48, 64])
-def test_group_norm_leaves_a_shift_of_each_channel(channels):
-    """A group of one channel would take the time and the class away, which a block adds to every pixel alike."""
-    x = np.asarray(jax.random.normal(jax.random.key(0), (1, 4, 4, channels)))
-    shift = np.asarray(jax.random.normal(jax.random.key(1), (channels,)))
-    assert np.abs(normalised(x + shift) - normalised(x)).mean() > 0.1
+def test_width_of_a_head_must_divide_the_channels():
+    with pytest.raises(ValueError, match=r"model.attention_head_channels=3: must divide the channels of every level"):
+        initialised(attention_head_channels=3)
 
 
 # Time and class
@@ -237,7 +239,7 @@ def test_dropout_is_active_in_training_only():
 
 def test_dropout_comes_right_before_the_second_convolution():
     rate, channels = 0.25, 16
-    block = ResBlock(channels, 32, rate, jnp.float32)
+    block = ResBlock(channels, NORM, rate, time_scale_shift=False, dtype=jnp.float32)
     x, embedding = jax.random.normal(jax.random.key(0), (4, 8, 8, channels)), jnp.ones((4, 8))
     params = shaken(block.init(jax.random.key(0), x, embedding, False)["params"])
     identity = np.zeros((3, 3, channels, channels), np.float32)
@@ -282,7 +284,7 @@ def test_bfloat16_is_for_products_and_float32_for_statistics():
 
 
 def test_attention_logits_and_softmax_are_float32_in_bfloat16():
-    block = AttentionBlock(32, "xla", jnp.bfloat16)
+    block = AttentionBlock(NORM, None, "xla", jnp.bfloat16)
     x = jnp.zeros((1, 4, 4, 32), jnp.bfloat16)
     params = jax.eval_shape(block.init, jax.random.key(0), x)
     found = list(equations(jax.make_jaxpr(block.apply)(params, x).jaxpr))
@@ -304,10 +306,12 @@ def test_attention_in_bfloat16_where_bfloat16_logits_would_be_wrong():
     eye, scales = np.eye(channels, dtype=np.float32), {"query": 32.0, "key": 1.0, "value": 1.0, "projection": 1.0}
     params = {name: {"kernel": scale * eye, "bias": np.zeros(channels)} for name, scale in scales.items()}
     params["norm"] = {"scale": np.ones(channels), "bias": np.zeros(channels)}
-    block = AttentionBlock(32, "xla", jnp.bfloat16)
+    norm = functools.partial(NORM, num_groups=32)
+    block = AttentionBlock(norm, None, "xla", jnp.bfloat16)
     found = np.asarray(block.apply({"params": params}, x), np.float64)
 
-    h = np.asarray(normalised(x, jnp.bfloat16), np.float64).reshape(pixels, channels)
+    h = norm(dtype=jnp.bfloat16).apply({"params": params["norm"]}, x)
+    h = np.asarray(h, np.float64).reshape(pixels, channels)
     logits = 32 * h @ h.T / math.sqrt(channels)
 
     def attend(logits):
@@ -321,11 +325,11 @@ def test_attention_in_bfloat16_where_bfloat16_logits_would_be_wrong():
 
 def test_attention_is_one_head_over_the_pixels():
     x = jax.random.normal(jax.random.key(0), (2, 2, 3, 8))
-    block = AttentionBlock(32, "xla", jnp.float32)
+    block = AttentionBlock(functools.partial(NORM, num_groups=2), None, "xla", jnp.float32)
     params = shaken(block.init(jax.random.key(0), x)["params"], 0.5)
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
     h = np.asarray(x, np.float64)
-    groups = h.reshape(2, 6, 2, 4)  # 8 channels: two groups of four, not eight of one
+    groups = h.reshape(2, 6, 2, 4)
     h = (groups - groups.mean((1, 3), keepdims=True)) / np.sqrt(groups.var((1, 3), keepdims=True) + 1e-6)
     h = h.reshape(2, 6, 8) * p["norm"]["scale"] + p["norm"]["bias"]
     query, key, value = (h @ p[name]["kernel"] + p[name]["bias"] for name in ("query", "key", "value"))
@@ -421,100 +425,3 @@ def test_an_attention_that_can_run_is_not():
     check_attention("xla", [1024], jnp.float32, device("tpu"))
     check_attention("cudnn", [64, 128], jnp.bfloat16, device("gpu"))
     check_attention("cudnn", [256], "bfloat16", device("hopper"))
-
-
-# Beside diffusers: the same network, written by others
-
-
-def diffusers_network(channels, attended, **options):
-    """``google/ddpm-cifar10-32``'s config, of these widths."""
-    diffusers = pytest.importorskip("diffusers")
-    kinds = ["AttnDownBlock2D" if i in attended else "DownBlock2D" for i in range(len(channels))]
-    return diffusers.UNet2DModel(
-        block_out_channels=channels,
-        down_block_types=kinds,
-        up_block_types=[kind.replace("Down", "Up") for kind in reversed(kinds)],
-        layers_per_block=2,
-        attention_head_dim=None,
-        downsample_padding=0,
-        flip_sin_to_cos=False,
-        freq_shift=1,
-        norm_eps=1e-6,
-        norm_num_groups=32,
-        mid_block_scale_factor=1,
-        act_fn="silu",
-        time_embedding_type="positional",
-        **options,
-    )
-
-
-BLOCK = {
-    "norm_0": "norm1",
-    "conv_0": "conv1",
-    "time_dense": "time_emb_proj",
-    "norm_1": "norm2",
-    "conv_1": "conv2",
-    "shortcut": "conv_shortcut",
-}
-ATTENTION = {"norm": "group_norm", "query": "to_q", "key": "to_k", "value": "to_v", "projection": "to_out.0"}
-OUTER = {
-    "conv_in": "conv_in",
-    "conv_out": "conv_out",
-    "norm_out": "conv_norm_out",
-    "time_dense_0": "time_embedding.linear_1",
-    "time_dense_1": "time_embedding.linear_2",
-}
-
-
-def name_in_diffusers(path, levels):
-    *modules, leaf = path.split("/")
-    leaf = {"kernel": "weight", "scale": "weight", "bias": "bias"}[leaf]
-    if modules[0] in OUTER:
-        return f"{OUTER[modules[0]]}.{leaf}"
-    # middle_block_0, middle_attention, down_1_block_0, up_0_attention_2, down_0_downsample
-    parts = [*modules[0].split("_"), "0"]
-    if parts[0] == "middle":
-        where, kind, index = "mid_block", parts[1], parts[2]
-    else:
-        level = int(parts[1])
-        where = f"down_blocks.{level}" if parts[0] == "down" else f"up_blocks.{levels - 1 - level}"
-        kind, index = parts[2], parts[3]
-    if kind in ("downsample", "upsample"):
-        return f"{where}.{kind}rs.0.conv.{leaf}"
-    inner, folder = (BLOCK, "resnets") if kind == "block" else (ATTENTION, "attentions")
-    return f"{where}.{folder}.{index}.{inner[modules[1]]}.{leaf}"
-
-
-def as_torch(x, shape):
-    x = np.asarray(x)
-    if x.ndim > 1:
-        x = x.transpose(3, 2, 0, 1) if x.ndim == 4 else x.T
-    return x.reshape(shape) if math.prod(shape) == x.size and x.ndim == 2 else x  # a 1x1 convolution is a dense layer
-
-
-@pytest.mark.slow
-def test_the_same_network_in_diffusers_gives_the_same_output():
-    torch = pytest.importorskip("torch")
-    theirs = diffusers_network((32, 64, 64), {1}, sample_size=16).eval()
-    shape = (2, 16, 12, 3)
-    options = {"base_channels": 32, "channel_mults": (1, 2, 2), "num_res_blocks": 2, "attention_resolutions": (8,)}
-    ours, params = initialised(shape, **options)
-    params = shaken(params, 0.05)
-    wanted = theirs.state_dict()
-    weights = {name_in_diffusers(path, 3): x for path, x in named(params).items()}
-    assert weights.keys() == wanted.keys()
-    theirs.load_state_dict({name: torch.tensor(as_torch(x, wanted[name].shape).copy()) for name, x in weights.items()})
-    x_t, t = inputs(shape)
-    with torch.no_grad():
-        expected = theirs(torch.tensor(np.asarray(x_t)).permute(0, 3, 1, 2), torch.tensor(np.asarray(t))).sample
-    expected = expected.permute(0, 2, 3, 1).numpy()
-    found = forward(ours, params, x_t, t)
-    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
-
-
-@pytest.mark.slow
-def test_google_s_cifar10_network_has_as_many_parameters():
-    torch = pytest.importorskip("torch")
-    with torch.device("meta"):
-        theirs = diffusers_network((128, 256, 256, 256), {1}, sample_size=32)
-    assert sum(p.numel() for p in theirs.parameters()) == 35_746_307
