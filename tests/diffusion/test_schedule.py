@@ -93,7 +93,7 @@ def test_each_remedy_works(name):
         assert diffusion.make_schedule(name, num_timesteps=10, scale_betas=False).num_timesteps == 10
 
 
-@pytest.mark.parametrize("betas", [[0.0, 0.9], [0.9, 1.0], [-0.1, 0.9], [0.5, np.nan]])
+@pytest.mark.parametrize("betas", [[0.0, 0.9], [1.0, 0.9], [0.9, 1.1], [-0.1, 0.9], [0.5, np.nan], [1.0, 1.0]])
 def test_betas_outside_0_1_are_refused(betas):
     with pytest.raises(ValueError, match=r"outside \(0, 1\)"):
         diffusion.schedule_from_betas(betas)
