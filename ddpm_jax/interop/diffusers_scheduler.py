@@ -25,7 +25,14 @@ _DEFAULTS: dict[str, Any] = {
     "rescale_betas_zero_snr": False,
 }
 # Keys that neither class reads: bookkeeping of diffusers, and what other schedulers left behind.
-_HARMLESS = {"_class_name", "_diffusers_version", "_use_default_values", "_name_or_path", "skip_prk_steps"}
+_HARMLESS = {
+    "_class_name",
+    "_diffusers_version",
+    "_name_or_path",
+    "_use_default_values",
+    "skip_prk_steps",
+    "tensor_format",
+}
 _METHODS = {"DDPMScheduler": "ddpm", "DDIMScheduler": "ddim"}
 _PIPELINE_STEPS = {"ddpm": 1000, "ddim": 50}  # the defaults of DDPMPipeline and DDIMPipeline
 _SCHEDULES = {"linear": "linear", "scaled_linear": "quadratic", "squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid"}
@@ -47,7 +54,7 @@ class Settings(NamedTuple):
     sampling: dict[str, Any]
 
 
-def schedule_settings(scheduler_config: Mapping[str, Any]) -> Settings:
+def schedule_settings(found: Mapping[str, Any]) -> Settings:
     """The noise schedule and the sampling defaults of a diffusers scheduler.
 
     A missing key takes diffusers' default. Betas are as diffusers builds them, never scaled by 1000 / T. DDIM there
@@ -55,7 +62,7 @@ def schedule_settings(scheduler_config: Mapping[str, Any]) -> Settings:
     or DDIMPipeline, 50, or all timesteps where there are fewer. steps_offset counts with leading only, as there.
 
     Args:
-        scheduler_config: the object in ``scheduler_config.json``.
+        found: the object in ``scheduler_config.json``.
 
     Returns:
         (fields of ``diffusion``, fields of ``sampling``); a field left out keeps its default.
@@ -63,8 +70,8 @@ def schedule_settings(scheduler_config: Mapping[str, Any]) -> Settings:
     Raises:
         ValueError: a scheduler, key or value that has no counterpart here; the message names it and the remedy.
     """
-    method = _method(scheduler_config)
-    values = _checked_values(scheduler_config)
+    method = _method(found)
+    values = _checked_values(found)
     return Settings(_diffusion(values), _sampling(values, method))
 
 
@@ -109,8 +116,8 @@ def _method(values: Mapping[str, Any]) -> str:
     name = values.get("_class_name")
     if name not in _METHODS:
         raise ValueError(
-            f"_class_name={name!r}: only {' and '.join(_METHODS)} have a counterpart; write one of these with diffusers, "
-            "DDIMScheduler.from_config(scheduler.config).save_pretrained(...)"
+            f"_class_name={name!r}: only {' and '.join(_METHODS)} have a counterpart; write one of these with "
+            "diffusers, DDIMScheduler.from_config(scheduler.config).save_pretrained(...)"
         )
     return _METHODS[name]
 
@@ -118,6 +125,8 @@ def _method(values: Mapping[str, Any]) -> str:
 def _checked_values(found: Mapping[str, Any]) -> dict[str, Any]:
     """Every key of a file with a value of the right type; those that it lacks take diffusers' defaults."""
     values = {key: value for key, value in found.items() if key not in _HARMLESS}
+    if "predict_epsilon" in values:  # the older name of prediction_type
+        values = {"prediction_type": "epsilon" if values.pop("predict_epsilon") else "sample"} | values
     for key, value in values.items():
         if key not in _DEFAULTS:
             raise ValueError(f"{key}={value!r:.60}: not a setting that is known here; remove it if it changes nothing")
@@ -212,6 +221,5 @@ def _key_of(choices: Mapping[str, str], field: str, value: str) -> str:
     for key, ours in choices.items():
         if ours == value:
             return key
-    raise ValueError(
-        f"{field}={value!r}: diffusers' schedulers have none such; use one of {', '.join(choices.values())}"
-    )
+    listed = ", ".join(dict.fromkeys(choices.values()))
+    raise ValueError(f"{field}={value!r}: diffusers' schedulers have none such; use one of {listed}")
