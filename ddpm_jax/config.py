@@ -5,11 +5,11 @@
 
 import dataclasses
 import difflib
-import types
-import typing
+import warnings
 from typing import Any
 
 from ddpm_jax import diffusion
+from ddpm_jax.fields import brief, flat, get, names_of, type_error
 
 
 class ConfigError(ValueError):
@@ -61,7 +61,11 @@ class DiffusionConfig:
 
     schedule: str = "linear"
     num_timesteps: int = 1000
-    scale_betas: bool = True
+    scale_betas: bool = True  # beta_start and beta_end belong to T = 1000: times 1000 / num_timesteps
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    betas: tuple[float, ...] = ()  # one a timestep, for the schedule "table"
+    rescale_zero_snr: bool = False  # the chain ends in pure noise
     prediction: str = "eps"  # eps, x0 or v
     loss: str = "l2"  # l1, l2 or huber
     loss_weight: str = "uniform"  # or min_snr
@@ -104,8 +108,11 @@ class SamplingConfig:
     num_steps: int = 50
     eta: float = 0.0
     spacing: str = "leading"
+    steps_offset: int = 0  # of leading
+    end: str = "clean"  # or first: ddim stops at the noise level of t = 0
     variance: str = "fixed_small"  # or fixed_large
     clip_x0: bool = True
+    clip_range: float = 1.0  # clip to [-clip_range, clip_range]
     rederive_eps: bool = True
     guidance: float = 1.0  # out = out_null + guidance (out_label - out_null)
 
@@ -140,7 +147,7 @@ _CHOICES = {
     "model.downsample_padding": (0, 1),
     "model.kind": ("unet",),
     "model.attention": ("xla", "cudnn"),
-    "diffusion.schedule": diffusion.SCHEDULES,
+    "diffusion.schedule": (*diffusion.SCHEDULES, "table"),
     "diffusion.prediction": diffusion.PREDICTIONS,
     "diffusion.loss": diffusion.LOSSES,
     "diffusion.loss_weight": diffusion.WEIGHTS,
@@ -148,6 +155,7 @@ _CHOICES = {
     "train.remat": ("none", "blocks", "dots"),
     "sampling.method": diffusion.METHODS,
     "sampling.spacing": diffusion.SPACINGS,
+    "sampling.end": diffusion.ENDS,
     "sampling.variance": diffusion.VARIANCES,
 }
 _POSITIVE = [
@@ -166,6 +174,7 @@ _POSITIVE = [
     "train.keep_last",
     "train.accumulate",
     "sampling.num_steps",
+    "sampling.clip_range",
     "mesh.fsdp",
 ]
 _NOT_NEGATIVE = [
@@ -176,28 +185,15 @@ _NOT_NEGATIVE = [
     "optimizer.grad_clip_norm",
     "optimizer.ema_start",
     "train.keep_every",
+    "sampling.steps_offset",
     "sampling.guidance",
 ]
 _SHARES = ["model.dropout", "model.label_dropout", "optimizer.ema_decay"]  # in [0, 1)
 
 
-def get(config: Config, field: str) -> Any:
-    """The value of a field by its dotted name, as in ``--config.<field>``."""
-    value: Any = config
-    for name in field.split("."):
-        value = getattr(value, name)
-    return tuple(value) if isinstance(value, list) else value
-
-
-def field_names(cls: type = Config, prefix: str = "") -> list[str]:
-    """Dotted names of all fields."""
-    names = []
-    for field in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(field.type):
-            names += field_names(typing.cast(type, field.type), f"{prefix}{field.name}.")
-        else:
-            names.append(prefix + field.name)
-    return names
+def field_names() -> list[str]:
+    """Dotted names of all fields, as in ``--config.<field>``."""
+    return names_of(Config)
 
 
 def nearest_field(name: str) -> str:
@@ -215,7 +211,8 @@ def validate(config: Config) -> None:
         fields = getattr(config, "data", None)
         raise ConfigError(f"get_config() returned a {type(config).__name__} ({fields!r:.40}); return a ddpm_jax Config")
     for field in field_names():
-        _check_type(field, get(config, field))
+        if problem := type_error(Config, field, get(config, field)):
+            raise ConfigError(f"config.{field}={brief(get(config, field))}: {problem}")
     for field, choices in _CHOICES.items():
         if get(config, field) not in choices:
             listed = ", ".join(map(str, choices))
@@ -283,38 +280,49 @@ def _check_chains(config: Config) -> None:
         raise ConfigError(f"config.sampling.eta={sampling.eta}: method {sampling.method!r} has no eta; use 0")
     if not 0 <= sampling.eta <= 1:
         raise ConfigError(f"config.sampling.eta={sampling.eta}: must lie in 0 .. 1")
+    if sampling.end == "first" and sampling.method != "ddim":
+        raise ConfigError(f"config.sampling.end='first': is of ddim, not of {sampling.method!r}; use clean")
     settings = config.diffusion
     try:
-        diffusion.schedule_betas(
-            settings.schedule, num_timesteps=settings.num_timesteps, scale_betas=settings.scale_betas
-        )
-        diffusion.timestep_plan(settings.num_timesteps, sampling.num_steps, sampling.spacing)
+        betas = diffusion.schedule_betas(settings.schedule, **schedule_options(settings))
+        t, _ = diffusion.timestep_plan(settings.num_timesteps, sampling.num_steps, **plan_options(sampling))
     except ValueError as error:
         raise ConfigError(f"config.{error}") from None
+    if betas[-1] == 1:
+        _check_zero_snr(config, int(t[0]))
 
 
-def _check_type(field: str, value: Any) -> None:
-    wanted = _field_type(field)
-    options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
-    if not any(_fits(value, option) for option in options):
-        name = wanted.__name__ if type(wanted) is type else str(wanted)
-        raise ConfigError(f"config.{field}={value!r}: must be {name}, not {type(value).__name__}")
+def _check_zero_snr(config: Config, first_t: int) -> None:
+    """Lin et al. 2023, sections 3.2 to 3.4: a chain that ends in pure noise needs another prediction than eps."""
+    if config.diffusion.prediction == "eps":
+        raise ConfigError(
+            "config.diffusion.prediction='eps': the last timestep is pure noise (rescale_zero_snr, or a last beta of "
+            "1), where eps says nothing of the image; use v or x0"
+        )
+    if first_t < config.diffusion.num_timesteps - 1:
+        warnings.warn(
+            f"config.sampling.spacing={config.sampling.spacing!r}: starts at t = {first_t}, but only the last timestep "
+            "is the pure noise that x_T is; use trailing",
+            diffusion.ScheduleWarning,
+            stacklevel=4,
+        )
 
 
-def _fits(value: Any, wanted: Any) -> bool:
-    if typing.get_origin(wanted) is tuple:
-        return isinstance(value, tuple | list) and all(_fits(x, typing.get_args(wanted)[0]) for x in value)
-    # An int is a fine float, and True is a poor int.
-    return isinstance(value, (wanted, int) if wanted is float else wanted) and (
-        wanted is bool or not isinstance(value, bool)
-    )
+def schedule_options(settings: DiffusionConfig) -> dict[str, Any]:
+    """The keyword arguments of ``diffusion.make_schedule``."""
+    return {
+        "num_timesteps": settings.num_timesteps,
+        "scale_betas": settings.scale_betas,
+        "beta_start": settings.beta_start,
+        "beta_end": settings.beta_end,
+        "betas": settings.betas,
+        "zero_snr": settings.rescale_zero_snr,
+    }
 
 
-def _field_type(field: str) -> Any:
-    cls: Any = Config
-    for name in field.split("."):
-        cls = typing.get_type_hints(cls)[name]
-    return cls
+def plan_options(settings: SamplingConfig) -> dict[str, Any]:
+    """The arguments of ``diffusion.timestep_plan`` after the two lengths."""
+    return {"spacing": settings.spacing, "offset": settings.steps_offset, "end": settings.end}
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -331,7 +339,7 @@ def from_dict(values: dict[str, Any]) -> Config:
     if not isinstance(values, dict):
         raise ConfigError(f"the config is {type(values).__name__}, not an object with fields")
     config = Config()
-    for field, value in _flat(values).items():
+    for field, value in flat(values).items():
         if field not in field_names():
             raise ConfigError(f"config.{field}: no such field; did you mean config.{nearest_field(field)}?")
         section, _, name = field.rpartition(".")
@@ -342,11 +350,5 @@ def from_dict(values: dict[str, Any]) -> Config:
 
 def differences(a: Config, b: Config, fields: list[str]) -> list[str]:
     """One line for each of the fields in which two configs differ: "model.dropout: 0.1 != 0.0"."""
-    return [f"{field}: {get(a, field)!r} != {get(b, field)!r}" for field in fields if get(a, field) != get(b, field)]
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+    pairs = ((field, get(a, field), get(b, field)) for field in fields)
+    return [f"{field}: {brief(one)} != {brief(other)}" for field, one, other in pairs if one != other]

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from etils import epath
 from jax.sharding import Mesh
@@ -40,10 +41,7 @@ class Run(NamedTuple):
 
 def make_schedule(config: Config) -> diffusion.Schedule:
     """The noise schedule."""
-    settings = config.diffusion
-    return diffusion.make_schedule(
-        settings.schedule, num_timesteps=settings.num_timesteps, scale_betas=settings.scale_betas
-    )
+    return diffusion.make_schedule(config.diffusion.schedule, **config_lib.schedule_options(config.diffusion))
 
 
 def make_model(config: Config) -> models.UNet:
@@ -191,12 +189,23 @@ def sampling_options(config: Config) -> dict[str, Any]:
         "method": settings.method,
         "num_steps": settings.num_steps,
         "spacing": settings.spacing,
+        "plan": _plan(config),
         "eta": settings.eta,
         "variance": settings.variance,
         "prediction": config.diffusion.prediction,
-        "clip_x0": settings.clip_x0,
+        "clip_x0": (-settings.clip_range, settings.clip_range) if settings.clip_x0 else False,
         "rederive_eps": settings.rederive_eps,
     }
+
+
+def _plan(config: Config) -> tuple[np.ndarray, np.ndarray] | None:
+    """The steps of a chain where num_steps and spacing alone do not say them."""
+    settings = config.sampling
+    if not settings.steps_offset and settings.end == "clean":
+        return None
+    return diffusion.timestep_plan(
+        config.diffusion.num_timesteps, settings.num_steps, **config_lib.plan_options(settings)
+    )
 
 
 def conditioned(denoise_fn: Partial, config: Config, label: jax.Array | None) -> Partial:

@@ -12,7 +12,6 @@ from ml_collections import config_flags
 
 from ddpm_jax.config import Config, ConfigError, field_names, nearest_field, validate
 
-
 Commands = Mapping[str, Sequence[str]]
 
 
@@ -87,7 +86,7 @@ def _check_arguments(arguments: Sequence[str], commands: Commands | None) -> Non
 
 
 def _with_config_of_run(argv: Sequence[str]) -> list[str]:
-    """Where a program takes --config and has only --workdir, the config of the run there, which overrides may change."""
+    """For a program that takes --config and was given --workdir only: the config of the run there."""
     given = {argument.lstrip("-").partition("=")[0]: i for i, argument in enumerate(argv) if argument.startswith("-")}
     if "config" not in flags.FLAGS or "config" in given or "workdir" not in given:
         return list(argv)

@@ -20,7 +20,19 @@ FLAGS = flags.FLAGS
 _GIF_FRAMES = 40
 _MAX_GIF_IMAGES = 64
 
-_SAMPLING_FLAGS = ["method", "num_steps", "eta", "spacing", "variance", "clip_x0", "rederive_eps", "guidance"]
+_SAMPLING_FLAGS = [
+    "method",
+    "num_steps",
+    "eta",
+    "spacing",
+    "steps_offset",
+    "end",
+    "variance",
+    "clip_x0",
+    "clip_range",
+    "rederive_eps",
+    "guidance",
+]
 
 
 def define_flags() -> None:
@@ -39,8 +51,11 @@ def define_flags() -> None:
     flags.DEFINE_integer("num_steps", None, "Network calls.")
     flags.DEFINE_float("eta", None, "Noise of ddim, 0 .. 1.")
     flags.DEFINE_string("spacing", None, "leading, trailing, linspace or quadratic.")
+    flags.DEFINE_integer("steps_offset", None, "Added to the timesteps of the spacing leading.")
+    flags.DEFINE_string("end", None, "clean, or first: ddim stops at the noise level of t = 0.")
     flags.DEFINE_string("variance", None, "Of ddpm: fixed_small or fixed_large.")
-    flags.DEFINE_bool("clip_x0", None, "Clip predicted images to [-1, 1].")
+    flags.DEFINE_bool("clip_x0", None, "Clip predicted images to [-clip_range, clip_range].")
+    flags.DEFINE_float("clip_range", None, "Of clip_x0; images lie in [-1, 1].")
     flags.DEFINE_bool("rederive_eps", None, "After clipping, take the noise from the clipped image.")
     flags.DEFINE_float("guidance", None, "out_null + guidance (out_label - out_null); 1 is none.")
 
@@ -89,8 +104,12 @@ def _with_overrides(config: Config) -> Config:
     for field in _SAMPLING_FLAGS:
         if FLAGS[field].value is not None:
             setattr(config.sampling, field, FLAGS[field].value)
-    if FLAGS.method not in (None, "ddim") and FLAGS.eta is None:
-        config.sampling.eta = 0.0  # the run's own eta belongs to the run's own method
+    # The run's own eta and end belong to the run's own method, its offset to its own spacing.
+    if FLAGS.method not in (None, "ddim"):
+        config.sampling.eta = FLAGS.eta or 0.0
+        config.sampling.end = FLAGS.end or "clean"
+    if FLAGS.spacing not in (None, "leading"):
+        config.sampling.steps_offset = FLAGS.steps_offset or 0
     config_lib.validate(config)
     return config
 

@@ -13,12 +13,14 @@ from ddpm_jax.diffusion.schedule import (
     Schedule,
     ScheduleWarning,
     make_schedule,
+    rescale_zero_snr,
     schedule_betas,
     schedule_from_betas,
 )
-from ddpm_jax.diffusion.spacing import SPACINGS, timestep_plan
+from ddpm_jax.diffusion.spacing import ENDS, SPACINGS, timestep_plan
 
 __all__ = [
+    "ENDS",
     "LOSSES",
     "METHODS",
     "PREDICTIONS",
@@ -37,6 +39,7 @@ __all__ = [
     "make_schedule",
     "posterior",
     "q_sample",
+    "rescale_zero_snr",
     "sample",
     "schedule_betas",
     "schedule_from_betas",

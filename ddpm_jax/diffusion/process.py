@@ -57,6 +57,8 @@ def x0_from(prediction: str, schedule: Schedule, output: jax.Array, x_t: jax.Arr
     eps: (x_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar)  (Ho et al. 2020, eq. 15)
     v:   sqrt(alpha_bar) x_t - sqrt(1 - alpha_bar) v  (Salimans & Ho 2022, appendix D)
 
+    Where alpha_bar = 0 (zero terminal SNR), eps says nothing of x0: the answer is NaN. The other two are exact there.
+
     Args:
         prediction: what ``output`` is.
         schedule: the noise schedule.
@@ -68,7 +70,8 @@ def x0_from(prediction: str, schedule: Schedule, output: jax.Array, x_t: jax.Arr
     if prediction == "x0":
         return output
     if prediction == "eps":
-        return (x_t - now.noise * output) / now.signal
+        # Not the infinity that division gives: clipping would make an image of it.
+        return jnp.where(now.signal > 0, (x_t - now.noise * output) / now.signal, jnp.nan)
     if prediction == "v":
         return now.signal * x_t - now.noise * output
     raise unknown_prediction(prediction)
@@ -95,12 +98,13 @@ def v_from(prediction: str, schedule: Schedule, output: jax.Array, x_t: jax.Arra
 
     Arguments as in ``x0_from``. With x_t and one of the two known, v needs one division only:
     eps: (eps - sqrt(1 - alpha_bar) x_t) / sqrt(alpha_bar);  x0: (sqrt(alpha_bar) x_t - x0) / sqrt(1 - alpha_bar)
+    As in ``x0_from``, eps gives NaN where alpha_bar = 0.
     """
     now = rates(schedule, t, x_t)
     if prediction == "v":
         return output
     if prediction == "eps":
-        return (output - now.noise * x_t) / now.signal
+        return jnp.where(now.signal > 0, (output - now.noise * x_t) / now.signal, jnp.nan)
     if prediction == "x0":
         return (now.signal * x_t - output) / now.noise
     raise unknown_prediction(prediction)

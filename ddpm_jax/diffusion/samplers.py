@@ -129,8 +129,8 @@ def sample(
         method: "ddim" or "ddpm" (ancestral sampling).
         num_steps: S, network calls.
         spacing: which timesteps, see ``timestep_plan``.
-        plan: ``(t, t_prev)``, int [S] each, in place of num_steps and spacing; t_prev < t, -1 is clean data. The last
-            t_prev need not be -1: the chain then stops at that noise level.
+        plan: ``(t, t_prev)``, int [S] each, in place of num_steps and spacing; t_prev < t (or t_prev = t = 0), -1 is
+            clean data. The last t_prev need not be -1: the chain then stops at that noise level.
         eta: 0 .. 1, the noise of DDIM; 0 ignores the key. Other methods have none and refuse it.
         variance: "fixed_small" or "fixed_large", for DDPM.
         prediction: what the network predicts: "eps", "x0" or "v".
@@ -269,12 +269,14 @@ def _checked_plan(
     if t.ndim != 1 or t.shape != t_prev.shape or not len(t) or {t.dtype.kind, t_prev.dtype.kind} - set("iu"):
         raise ValueError(f"plan: t {t.dtype}{t.shape} and t_prev {t_prev.dtype}{t_prev.shape} must be int [S] both")
     t, t_prev = t.astype(np.int32), t_prev.astype(np.int32)
-    bad = np.flatnonzero((t < 0) | (t >= num_timesteps) | (t_prev < -1) | (t_prev >= t))
+    # t_prev = t = 0 is the last step of a chain that ends at the first noise level, see timestep_plan.
+    stays = (t_prev >= t) & (t_prev != 0)
+    bad = np.flatnonzero((t < 0) | (t >= num_timesteps) | (t_prev < -1) | (t_prev > t) | stays)
     if bad.size:
         i = bad[0]
         raise ValueError(
             f"plan: step {i} goes from t = {t[i]} to t_prev = {t_prev[i]}; "
-            f"needs 0 <= t < {num_timesteps} and -1 <= t_prev < t"
+            f"needs 0 <= t < {num_timesteps} and -1 <= t_prev < t, or t_prev = t = 0"
         )
     if np.any(t_prev[:-1] != t[1:]):
         i = int(np.flatnonzero(t_prev[:-1] != t[1:])[0])

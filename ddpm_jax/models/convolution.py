@@ -26,7 +26,7 @@ def conv_for_training(x: jax.Array, kernel: jax.Array, strides: Any, padding: An
 
 
 def weight_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
-    """dW[i, j, c, d] = sum_bhw x[b, h + i - 1, w + j - 1, c] g[b, h, w, d], the gradient of a 3x3 convolution padded by 1.
+    """dW[i, j, c, d] = sum_bhw x[b, h + i - 1, w + j - 1, c] g[b, h, w, d], of a 3x3 convolution padded by 1.
 
     Shifting x by the three columns and g by the three rows makes one matrix product [3C, B H W] @ [B H W, 3D] of it,
     and nothing is expanded ninefold. It runs over blocks of rows.

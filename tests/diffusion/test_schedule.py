@@ -93,10 +93,42 @@ def test_each_remedy_works(name):
         assert diffusion.make_schedule(name, num_timesteps=10, scale_betas=False).num_timesteps == 10
 
 
-@pytest.mark.parametrize("betas", [[0.0, 0.9], [0.9, 1.0], [-0.1, 0.9], [0.5, np.nan]])
+@pytest.mark.parametrize("betas", [[0.0, 0.9], [1.0, 0.9], [0.9, 1.1], [-0.1, 0.9], [0.5, np.nan], [1.0, 1.0]])
 def test_betas_outside_0_1_are_refused(betas):
     with pytest.raises(ValueError, match=r"outside \(0, 1\)"):
         diffusion.schedule_from_betas(betas)
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, -0.1, np.nan])
+@pytest.mark.parametrize("field", ["beta_start", "beta_end"])
+def test_a_beta_range_outside_0_1_is_refused_by_its_own_name(field, beta):
+    with pytest.raises(ValueError, match=rf"diffusion\.{field}={beta}: must lie in \(0, 1\)"):
+        diffusion.make_schedule("quadratic", **{field: beta})
+
+
+def test_a_table_is_taken_as_it_is():
+    betas = alpha_bars64("cosine", 50)[::-1] * 0.9  # any numbers in (0, 1); never scaled by 1000 / T
+    schedule = diffusion.make_schedule("table", num_timesteps=50, betas=tuple(betas))
+    np.testing.assert_allclose(schedule.betas, betas, rtol=1e-7)
+    np.testing.assert_allclose(schedule.alpha_bars, np.cumprod(1 - betas), rtol=1e-6)
+    pure = diffusion.make_schedule("table", num_timesteps=2, betas=(0.5, 1.0))  # the last may end in pure noise
+    np.testing.assert_array_equal(pure.alpha_bars, [0.5, 0.0])
+    np.testing.assert_array_equal(pure.noise_levels, [0.5, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("name", "T", "betas", "message"),
+    [
+        ("table", 3, (0.5, 0.9), "num_timesteps=3: diffusion.betas has 2 numbers; give one a timestep"),
+        ("table", 3, (), r"diffusion.betas: shape \(0,\)"),
+        ("table", 2, (1.0, 0.9), r"diffusion.betas\[0\]=1: is outside \(0, 1\)"),
+        ("table", 2, (0.5, 1.5), r"diffusion.betas\[1\]=1.5: is outside \(0, 1\)"),
+        ("linear", 2, (0.5, 0.9), "schedule='linear': has a formula of its own; use 'table'"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_refused(name, T, betas, message):
+    with pytest.raises(ValueError, match=message):
+        diffusion.make_schedule(name, num_timesteps=T, betas=betas)
 
 
 def test_unknown_name_and_too_few_timesteps():

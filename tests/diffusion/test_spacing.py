@@ -1,7 +1,9 @@
 import warnings
 
+import jax
 import numpy as np
 import pytest
+from gaussian import affine, alpha_bars64, chain, denoiser, noises
 
 from ddpm_jax import diffusion
 
@@ -91,6 +93,59 @@ def test_impossible_numbers_of_steps_are_refused(S, spacing):
 def test_unknown_spacing():
     with pytest.raises(ValueError, match=r"'uniform'.*leading, trailing, linspace, quadratic"):
         diffusion.timestep_plan(100, 10, "uniform")
+
+
+def test_an_offset_shifts_leading_and_nothing_else():
+    t, t_prev = quiet_plan(1000, 10, "leading")
+    shifted = diffusion.timestep_plan(1000, 10, "leading", offset=7)
+    np.testing.assert_array_equal(shifted[0], t + 7)
+    np.testing.assert_array_equal(shifted[1], [*(t_prev[:-1] + 7), -1])
+    assert shifted[0].dtype == shifted[1].dtype == np.int32
+    assert diffusion.timestep_plan(1000, 10, "leading", offset=99)[0][0] == 999
+    with pytest.raises(ValueError, match=r"steps_offset=100: must lie in 0 \.\. 99"):
+        diffusion.timestep_plan(1000, 10, "leading", offset=100)
+    with pytest.raises(ValueError, match=r"steps_offset=1: must lie in 0 \.\. 0, .*fewer steps"):
+        diffusion.timestep_plan(1000, 1000, "leading", offset=1)
+    with pytest.raises(ValueError, match="steps_offset=-1"):
+        diffusion.timestep_plan(1000, 10, "leading", offset=-1)
+    for spacing in set(diffusion.SPACINGS) - {"leading"}:
+        with pytest.raises(ValueError, match=f"steps_offset=1: spacing '{spacing}' has none"):
+            diffusion.timestep_plan(1000, 10, spacing, offset=1)
+
+
+@pytest.mark.parametrize("spacing", diffusion.SPACINGS)
+def test_the_other_end_is_the_first_noise_level(spacing):
+    clean, first = quiet_plan(100, 10, spacing), diffusion.timestep_plan(100, 10, spacing, end="first")
+    np.testing.assert_array_equal(first[0], clean[0])
+    np.testing.assert_array_equal(first[1], [*clean[1][:-1], 0])
+    with pytest.raises(ValueError, match=r"sampling\.end='last': choose one of clean, first"):
+        diffusion.timestep_plan(100, 10, spacing, end="last")
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("rederive", [True, False])
+def test_a_chain_to_the_first_noise_level_is_the_float64_recursion(spacing, rederive):
+    """With leading the last step goes from t = 0 to itself: clipped x0 and eps are put together again."""
+    alpha_bars = alpha_bars64("linear", 100)
+    schedule, network = diffusion.make_schedule("linear", num_timesteps=100), denoiser("eps", alpha_bars, s=2.0)
+    x_T = np.random.default_rng(0).normal(size=(4, 3, 2, 1)).astype(np.float32)
+    plan, key = diffusion.timestep_plan(100, 10, spacing, end="first"), jax.random.key(0)
+    assert (plan[0][-1] == plan[1][-1]) == (spacing == "leading")
+    for eta in (0.0, 1.0):
+        x0 = diffusion.sample(network, schedule, x_T, key, plan=plan, eta=eta, rederive_eps=rederive)
+        options = {"prediction": "eps", "method": "ddim", "eta": eta, "clip": (-1.0, 1.0), "rederive": rederive}
+        noise = noises(key, plan[0], x_T.shape)
+        expected, _, _ = chain(alpha_bars, x_T, plan, noise, affine("eps", alpha_bars, 0.3, 2.0), **options)
+        np.testing.assert_allclose(x0, expected, atol=1e-4)
+    clean = diffusion.sample(network, schedule, x_T, key, plan=(plan[0], np.append(plan[0][1:], -1)))
+    assert np.abs(clean - expected).max() > 1e-3
+
+
+def test_only_the_step_from_0_may_stay_where_it_is():
+    schedule = diffusion.make_schedule("linear", num_timesteps=100)
+    for t, t_prev in (([50], [50]), ([50, 3], [3, 3]), ([0], [1])):
+        with pytest.raises(ValueError, match=r"or t_prev = t = 0"):
+            diffusion.sample(lambda x, t: x, schedule, np.zeros((1, 2, 2, 1)), jax.random.key(0), plan=(t, t_prev))
 
 
 def test_leading_warns_exactly_where_it_starts_below_nine_tenths():
