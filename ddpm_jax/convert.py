@@ -39,7 +39,12 @@ def main(command: str, *paths: str) -> None:
     """The program."""
     if not FLAGS.workdir:
         raise ConfigError("--workdir is missing; for example --workdir runs/google")
-    {"from-diffusers": _from_diffusers, "to-diffusers": _to_diffusers, "from-ddpm": _from_ddpm}[command](*paths)
+    if command == "from-diffusers":
+        _from_diffusers(*paths)
+    elif command == "to-diffusers":
+        _to_diffusers()
+    else:
+        _from_ddpm(*paths)
 
 
 def _from_diffusers(path: str) -> None:

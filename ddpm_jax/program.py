@@ -92,8 +92,10 @@ def _with_config_of_run(argv: Sequence[str]) -> list[str]:
         return list(argv)
     i = given["workdir"]
     workdir = argv[i].partition("=")[2] or (argv[i + 1] if i + 1 < len(argv) else "")
-    file = os.path.join(os.path.dirname(__file__), "run_config.py")
-    return [argv[0], f"--config={file}:{workdir}", *argv[1:]]
+    from ddpm_jax import run_config
+
+    run_config.get_config(workdir)  # its errors as they are, which ml_collections would bury in its own
+    return [argv[0], f"--config={run_config.__file__}:{workdir}", *argv[1:]]
 
 
 def _check_overrides(argv: Sequence[str]) -> None:

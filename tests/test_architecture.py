@@ -16,7 +16,7 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 ROOMS = {"diffusion", "models", "data", "training", "evaluation", "interop"}
-HALL = {"config", "experiment", "generate", "program"}  # where a Config may go, besides the programs
+HALL = {"config", "experiment", "generate", "program", "run_config"}  # where a Config may go, besides the programs
 MAX_MODULE_LINES, MAX_FUNCTION_LINES = 350, 60
 
 

@@ -73,15 +73,6 @@ def load_ddpm(path: str, *, image_size: int) -> Weights:
     return Weights(model, channels, params, ema_params)
 
 
-def save_ddpm(path: str, model: models.UNet, params: Any, ema_params: Any = None) -> None:
-    """Writes such an .npz; the inverse of ``load_ddpm``."""
-    variables = {}
-    for suffix, tree in (("", params), (_EMA, ema_params)):
-        for leaf, x in flax.traverse_util.flatten_dict(tree or {}).items():
-            variables[_name(leaf) + suffix] = np.asarray(x)
-    np.savez(path, **variables)
-
-
 def _network(variables: Mapping[str, np.ndarray], image_size: int) -> tuple[models.UNet, int]:
     """The U-Net that has these variables."""
 
