@@ -4,12 +4,11 @@
 """
 
 import dataclasses
-import difflib
 import warnings
 from typing import Any
 
 from ddpm_jax import diffusion
-from ddpm_jax.fields import brief, flat, get, names_of, type_error
+from ddpm_jax.fields import brief, flat, get, names_of, nearest, type_error
 
 
 class ConfigError(ValueError):
@@ -198,10 +197,7 @@ def field_names() -> list[str]:
 
 def nearest_field(name: str) -> str:
     """The field most like a misspelt one."""
-    names = field_names()
-    matches = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-    same_leaf = [n for n in names if n.rsplit(".", maxsplit=1)[-1] == name.rsplit(".", maxsplit=1)[-1]]
-    return same_leaf[0] if len(same_leaf) == 1 else matches[0]
+    return nearest(name, field_names())
 
 
 def validate(config: Config) -> None:
@@ -310,14 +306,8 @@ def _check_zero_snr(config: Config, first_t: int) -> None:
 
 def schedule_options(settings: DiffusionConfig) -> dict[str, Any]:
     """The keyword arguments of ``diffusion.make_schedule``."""
-    return {
-        "num_timesteps": settings.num_timesteps,
-        "scale_betas": settings.scale_betas,
-        "beta_start": settings.beta_start,
-        "beta_end": settings.beta_end,
-        "betas": settings.betas,
-        "zero_snr": settings.rescale_zero_snr,
-    }
+    names = ("num_timesteps", "scale_betas", "beta_start", "beta_end", "betas")
+    return {name: getattr(settings, name) for name in names} | {"zero_snr": settings.rescale_zero_snr}
 
 
 def plan_options(settings: SamplingConfig) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Dotted names of the fields of nested dataclasses, such as a ``Config``: "train.batch_size"."""
 
 import dataclasses
+import difflib
 import types
 import typing
 from typing import Any
@@ -23,6 +24,13 @@ def names_of(cls: type, prefix: str = "") -> list[str]:
         else:
             names.append(prefix + field.name)
     return names
+
+
+def nearest(name: str, names: list[str]) -> str:
+    """The one of ``names`` most like a misspelt one; the same last part counts for more than the likeness."""
+    matches = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+    same_leaf = [n for n in names if n.rsplit(".", maxsplit=1)[-1] == name.rsplit(".", maxsplit=1)[-1]]
+    return same_leaf[0] if len(same_leaf) == 1 else matches[0]
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,11 +1,13 @@
 import dataclasses
 import json
 import re
+import warnings
 
 import pytest
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config, ConfigError, differences, field_names, from_dict, nearest_field, to_dict, validate
+from ddpm_jax.diffusion import ScheduleWarning
 
 # What scripts rely on, as the project's first issue lists it.
 PROMISED = {
@@ -89,6 +91,7 @@ def test_a_missing_field_takes_its_default_and_an_unknown_one_is_named():
         ({"train.remat": "all"}, "choose one of none, blocks, dots"),
         ({"sampling.method": "euler"}, "choose one of ddim, ddpm"),
         ({"sampling.spacing": "even"}, "choose one of leading, trailing, linspace, quadratic"),
+        ({"sampling.end": "last"}, "choose one of clean, first"),
         ({"sampling.variance": "large"}, "choose one of fixed_small, fixed_large"),
         # ranges
         ({"data.image_size": 0}, "positive"),
@@ -115,6 +118,10 @@ def test_a_missing_field_takes_its_default_and_an_unknown_one_is_named():
         ({"optimizer.ema_start": -1}, "not be negative"),
         ({"train.keep_every": -1}, "not be negative"),
         ({"sampling.guidance": -1.0}, "not be negative"),
+        ({"sampling.steps_offset": -1}, "not be negative"),
+        ({"sampling.clip_range": 0.0}, "positive"),
+        ({"diffusion.beta_start": 0.0}, r"must lie in \(0, 1\)"),
+        ({"diffusion.beta_end": 1.5}, r"must lie in \(0, 1\)"),
         ({"model.dropout": 1.0}, r"\[0, 1\)"),
         ({"model.label_dropout": -0.1}, r"\[0, 1\)"),
         ({"optimizer.ema_decay": 1.0}, r"\[0, 1\)"),
@@ -134,6 +141,9 @@ def test_a_missing_field_takes_its_default_and_an_unknown_one_is_named():
         ({"model.channel_mults": (1, 2.0)}, "must be tuple"),
         ({"model.channel_mults": (True, 2)}, "must be tuple"),
         ({"model.attention_resolutions": "16"}, "must be tuple"),
+        ({"diffusion.betas": (0.1, "0.2")}, "must be tuple"),
+        ({"diffusion.betas": 0.1}, "must be tuple"),
+        ({"diffusion.rescale_zero_snr": 1}, "must be bool, not int"),
         # what does not fit together
         ({"model.channel_mults": ()}, "one positive factor"),
         ({"model.channel_mults": (1, 0)}, "one positive factor"),
@@ -148,6 +158,15 @@ def test_a_missing_field_takes_its_default_and_an_unknown_one_is_named():
         ({"sampling.num_steps": 1001}, r"1 \.\. 1000"),
         ({"sampling.num_steps": 1, "sampling.spacing": "quadratic"}, "use trailing"),
         ({"diffusion.num_timesteps": 20, "sampling.num_steps": 20}, "raise num_timesteps .* or set scale_betas=False"),
+        (
+            {"diffusion.num_timesteps": 3, "diffusion.schedule": "table", "diffusion.betas": (0.1, 0.2)},
+            "diffusion.betas has 2 numbers",
+        ),
+        ({"diffusion.schedule": "cosine", "diffusion.betas": (0.1, 0.2)}, "use 'table', or leave betas out"),
+        ({"diffusion.prediction": "eps", "diffusion.rescale_zero_snr": True}, "use v or x0"),
+        ({"sampling.end": "first", "sampling.method": "ddpm"}, "is of ddim, not of 'ddpm'; use clean"),
+        ({"sampling.steps_offset": 20}, r"0 \.\. 19, .* or fewer steps"),
+        ({"sampling.steps_offset": 1, "sampling.spacing": "trailing"}, "use 0, or leading"),
         ({"mesh.data": 0}, "-1"),
         ({"mesh.data": -2}, "-1"),
     ],
@@ -179,6 +198,10 @@ def test_a_bad_value_is_refused_with_its_field_its_value_and_the_remedy(fields, 
         {"sampling.eta": 1.0},
         {"sampling.num_steps": 1, "sampling.spacing": "trailing"},
         {"sampling.num_steps": 1000},
+        {"diffusion.schedule": "table", "diffusion.betas": [0.5, 1], "diffusion.num_timesteps": 2}
+        | {"diffusion.prediction": "v", "sampling.num_steps": 2},
+        {"diffusion.rescale_zero_snr": True, "diffusion.prediction": "x0", "sampling.spacing": "trailing"},
+        {"sampling.steps_offset": 19, "sampling.end": "first", "sampling.clip_range": 2},
         {"train.accumulate": 128},
         {"mesh.data": 2, "mesh.fsdp": 2},
     ],
@@ -216,6 +239,26 @@ def test_differences_names_the_fields_asked_for_and_no_others():
     assert differences(a, b, ["model.dropout", "seed"]) == ["model.dropout: 0.0 != 0.1", "seed: 0 != 3"]
     assert differences(a, b, ["model.channel_mults"]) == ["model.channel_mults: (1, 2, 2, 2) != (1, 2)"]
     assert differences(a, b, ["train.batch_size"]) == []
+
+
+def test_a_table_of_betas_does_not_fill_the_screen():
+    a, b = changed({"diffusion.betas": tuple(i / 1001 for i in range(1, 1001))}), Config()
+    assert differences(a, b, ["diffusion.betas"]) == [
+        f"diffusion.betas: ({1 / 1001}, {2 / 1001}, ..., {1000 / 1001}) != ()"
+    ]
+    a.diffusion.betas = ("x",) * 1000
+    with pytest.raises(ConfigError, match=r"config\.diffusion\.betas=\('x', 'x', \.\.\., 'x'\): must be tuple"):
+        validate(a)
+
+
+def test_zero_snr_asks_for_a_plan_that_begins_with_pure_noise():
+    fields = {"diffusion.rescale_zero_snr": True, "diffusion.prediction": "v"}
+    with pytest.warns(ScheduleWarning, match=r"spacing='leading': starts at t = 980, .*use trailing"):
+        validate(changed(fields))
+    for good in ({"sampling.spacing": "trailing"}, {"sampling.spacing": "linspace"}, {"sampling.steps_offset": 19}):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            validate(changed(fields | good))
 
 
 def test_a_list_is_the_same_network_as_a_tuple():

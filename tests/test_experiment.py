@@ -265,6 +265,19 @@ def test_a_config_survives_its_file(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["model"]["channel_mults"] == [1, 2, 3]
 
 
+def test_a_plan_is_made_where_num_steps_and_spacing_do_not_say_it_all():
+    config = Config()
+    assert experiment.sampling_options(config)["plan"] is None
+    config.sampling.num_steps, config.sampling.steps_offset, config.sampling.end = 10, 1, "first"
+    config.sampling.clip_range = 0.5
+    options = experiment.sampling_options(config)
+    np.testing.assert_array_equal(options["plan"][0], np.arange(901, 0, -100))
+    np.testing.assert_array_equal(options["plan"][1], [*np.arange(801, 0, -100), 0])
+    assert options["clip_x0"] == (-0.5, 0.5)
+    config.sampling.clip_x0 = False
+    assert experiment.sampling_options(config)["clip_x0"] is False
+
+
 def test_a_workdir_of_another_network_or_diffusion_is_refused(tmp_path):
     experiment.check_workdir(str(tmp_path), tiny())
     experiment.write_config(tmp_path, tiny())

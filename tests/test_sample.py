@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ddpm_jax import config as config_lib
 from ddpm_jax import experiment, images, training
 
 GOOD = {
@@ -16,6 +17,10 @@ GOOD = {
     "noisy": ["--npz=noisy.npz", "--eta=1", "--noclip_x0"],
     "ddpm": ["--npz=ddpm.npz", "--method=ddpm", "--variance=fixed_large"],
     "guided": ["--npz=guided.npz", "--guidance=3"],
+    "leading": ["--npz=leading.npz", "--spacing=leading"],
+    "offset": ["--npz=offset.npz", "--spacing=leading", "--steps_offset=3"],
+    "end": ["--npz=end.npz", "--end=first"],
+    "range": ["--npz=range.npz", "--clip_range=0.5"],
 }
 BAD = {
     "no workdir": (None, ["--out=x.png"], ["--workdir"]),
@@ -34,6 +39,9 @@ BAD = {
     "eta with ddpm": ("RUN", ["--out=x.png", "--method=ddpm", "--eta=0.5"], ["eta=0.5", "ddpm"]),
     "eta": ("RUN", ["--out=x.png", "--eta=2"], ["eta=2", "0 .. 1"]),
     "guidance": ("RUN", ["--out=x.png", "--guidance=-1"], ["guidance=-1", "negative"]),
+    "offset of trailing": ("RUN", ["--out=x.png", "--steps_offset=1"], ["steps_offset=1", "'trailing'", "leading"]),
+    "end of ddpm": ("RUN", ["--out=x.png", "--method=ddpm", "--end=first"], ["end='first'", "clean"]),
+    "clip range": ("RUN", ["--out=x.png", "--clip_range=0"], ["clip_range=0", "positive"]),
     "unknown flag": ("RUN", ["--out=x.png", "--number=3"], ["number"]),
     "stray argument": ("RUN", ["x.png"], ["x.png"]),
     "label of a run without labels": ("UNLABELLED", ["--out=x.png", "--label=0"], ["--label=0", "without labels"]),
@@ -131,15 +139,45 @@ def test_the_same_seed_gives_the_same_pictures_whatever_the_batch_size(drawn):
     np.testing.assert_allclose(drawn("batches"), drawn("all"), atol=1)
 
 
-@pytest.mark.parametrize("name", ["seed", "new/raw", "label", "noisy", "ddpm", "guided"])
+@pytest.mark.parametrize("name", ["seed", "new/raw", "label", "noisy", "ddpm", "guided", "leading", "end", "range"])
 def test_each_flag_changes_the_pictures(drawn, name):
     assert np.abs(drawn(name) - drawn("all")).max() > 1
+
+
+def test_an_offset_changes_the_pictures_of_leading(drawn):
+    assert np.abs(drawn("offset") - drawn("leading")).max() > 1
 
 
 def test_a_label_changes_only_the_pictures_of_other_classes(drawn):
     # Pictures 1 and 4 of a run with three classes have label 1 anyway.
     same = np.abs(drawn("label") - drawn("all")).max((1, 2, 3)) <= 1
     assert same.tolist() == [False, True, False, False, True]
+
+
+@pytest.mark.slow
+def test_a_run_with_a_table_of_betas_and_a_plan_of_its_own(make_config, write_config_file, run_program, tmp_path):
+    """As a converted run has them: through the flags of training, config.json, and the flags of sampling."""
+    betas = (*np.linspace(0.05, 0.6, 19).tolist(), 1.0)  # ends in pure noise
+    fields = {"train.num_steps": 1, "model.channel_mults": (1,), "sampling.spacing": "leading"}
+    config = write_config_file(tmp_path / "tiny.py", make_config(fields))
+    overrides = {"diffusion.schedule": "table", "diffusion.num_timesteps": 20, "sampling.steps_offset": 3}
+    overrides |= {"diffusion.betas": betas, "sampling.end": "first", "sampling.clip_range": 1.5}
+    flags = [f"--config={config}", *(f"--config.{field}={value}" for field, value in overrides.items())]
+    trained = run_program("ddpm_jax.train", {"": [*flags, "--workdir=run"]}, tmp_path)[""]
+    assert trained.code == 0, trained.stderr
+    read = experiment.read_config(str(tmp_path / "run"))
+    assert {field: config_lib.get(read, field) for field in overrides} == overrides
+    np.testing.assert_allclose(experiment.make_schedule(read).betas, betas, rtol=1e-6)
+    assert [part.tolist() for part in experiment.sampling_options(read)["plan"]] == [
+        [19, 15, 11, 7, 3],
+        [15, 11, 7, 3, 0],
+    ]
+    lines = {"own": [], "ddpm": ["--method=ddpm"], "trailing": ["--spacing=trailing"], "shorter": ["--num_steps=4"]}
+    lines = {name: [*line, "--workdir=run", f"--npz={name}.npz", "--num_images=2"] for name, line in lines.items()}
+    results = run_program("ddpm_jax.sample", lines, tmp_path)
+    assert {name: result.code for name, result in results.items()} == dict.fromkeys(lines, 0), results
+    own, ddpm = (np.load(tmp_path / f"{name}.npz")["images"].astype(int) for name in ("own", "ddpm"))
+    assert np.abs(own - ddpm).max() > 1
 
 
 @pytest.mark.slow

@@ -37,6 +37,7 @@ _METHODS = {"DDPMScheduler": "ddpm", "DDIMScheduler": "ddim"}
 _PIPELINE_STEPS = {"ddpm": 1000, "ddim": 50}  # the defaults of DDPMPipeline and DDIMPipeline
 _SCHEDULES = {"linear": "linear", "scaled_linear": "quadratic", "squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid"}
 _PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+_NO_CAP = 1e6  # of |x0_hat|, which no image comes near
 _SPACINGS = ("leading", "trailing", "linspace")
 # The _log forms are meant to be the same numbers; diffusers' own fixed_large_log takes the root of a logarithm, NaN.
 _VARIANCES = {
@@ -90,7 +91,7 @@ def scheduler_config(settings: Mapping[str, Any], sampling: Mapping[str, Any], c
         ValueError: a setting that diffusers does not have.
     """
     method = _method({"_class_name": class_name})
-    spacing, threshold = sampling["spacing"], sampling.get("dynamic_threshold", 0.0)
+    spacing = sampling["spacing"]
     if spacing not in _SPACINGS:
         raise ValueError(f"sampling.spacing={spacing!r}: diffusers has none such; use one of {', '.join(_SPACINGS)}")
     values = {
@@ -101,12 +102,10 @@ def scheduler_config(settings: Mapping[str, Any], sampling: Mapping[str, Any], c
         "prediction_type": _key_of(_PREDICTIONS, "diffusion.prediction", settings["prediction"]),
         "clip_sample": sampling["clip_x0"],
         "clip_sample_range": sampling["clip_range"],
-        "thresholding": bool(threshold),
+        **_threshold_keys(sampling),
         "timestep_spacing": spacing,
         "steps_offset": sampling["steps_offset"],
     }
-    if threshold:
-        values |= {"dynamic_thresholding_ratio": threshold, "sample_max_value": sampling["max_threshold"]}
     if method == "ddpm":
         return values | {"variance_type": _key_of(_VARIANCES, "sampling.variance", sampling["variance"])}
     return values | {"set_alpha_to_one": sampling["end"] == "clean"}
@@ -176,9 +175,13 @@ def _diffusion(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sampling(values: dict[str, Any], method: str) -> dict[str, Any]:
-    """Fields of ``sampling``. Thresholding goes before clipping there, and leaves nothing to clip."""
+    """Fields of ``sampling``. Thresholding takes the place of clipping; with its default cap of 1 it is [-1, 1]."""
     spacing = _chosen(dict(zip(_SPACINGS, _SPACINGS, strict=True)), values, "timestep_spacing")
     thresholding = values["thresholding"]
+    if thresholding and not values["sample_max_value"] >= 1:
+        raise ValueError(
+            f"sample_max_value={values['sample_max_value']}: below 1 thresholding would widen the range; use at least 1"
+        )
     settings = {
         "method": method,
         "num_steps": min(_PIPELINE_STEPS[method], values["num_train_timesteps"]),
@@ -191,11 +194,27 @@ def _sampling(values: dict[str, Any], method: str) -> dict[str, Any]:
         "clip_range": float(values["clip_sample_range"]) if values["clip_sample"] and not thresholding else 1.0,
         "rederive_eps": False,
     }
-    if not thresholding:
+    if not thresholding or values["sample_max_value"] == 1:
         return settings
     return settings | {
         "dynamic_threshold": float(values["dynamic_thresholding_ratio"]),
         "max_threshold": float(values["sample_max_value"]),
+    }
+
+
+def _threshold_keys(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """Dynamic thresholding; they cap it always, and at bounds of [-1, 1] only."""
+    if not sampling.get("dynamic_threshold"):
+        return {"thresholding": False}
+    if sampling["clip_range"] != 1:
+        raise ValueError(
+            f"sampling.clip_range={sampling['clip_range']}: diffusers thresholds to [-1, 1] only; use 1, or switch "
+            "sampling.dynamic_threshold off"
+        )
+    return {
+        "thresholding": True,
+        "dynamic_thresholding_ratio": sampling["dynamic_threshold"],
+        "sample_max_value": sampling["max_threshold"] or _NO_CAP,
     }
 
 

@@ -317,13 +317,33 @@ def test_thresholding_becomes_its_two_numbers():
     sampling = schedule_settings(found).sampling
     assert (sampling["dynamic_threshold"], sampling["max_threshold"]) == (0.995, 1.5)
     assert (sampling["clip_x0"], sampling["clip_range"]) == (True, 1.0)
-    assert not {"dynamic_threshold", "max_threshold"} & set(schedule_settings(file_of("DDIMScheduler")).sampling)
+    plain = schedule_settings(file_of("DDIMScheduler")).sampling
+    assert not {"dynamic_threshold", "max_threshold"} & set(plain)
+    # The default cap of 1 holds the bounds where they are.
+    assert schedule_settings(file_of("DDIMScheduler", thresholding=True, clip_sample=False)).sampling == plain
+    with pytest.raises(ValueError, match=r"sample_max_value=0\.5: .*use at least 1"):
+        schedule_settings(file_of("DDIMScheduler", thresholding=True, sample_max_value=0.5))
+
+
+def test_thresholding_goes_back():
+    fields, sampling = dataclasses.asdict(DiffusionConfig()), dataclasses.asdict(SamplingConfig())
+    for cap in (0.0, 1.5):
+        back = scheduler_config(fields, sampling | {"dynamic_threshold": 0.9, "max_threshold": cap}, "DDIMScheduler")
+        assert back["thresholding"] is True
+        assert (back["dynamic_thresholding_ratio"], back["sample_max_value"]) == (0.9, cap or 1e6)
+    with pytest.raises(ValueError, match=r"sampling\.clip_range=2\.0: .*use 1"):
+        scheduler_config(fields, sampling | {"dynamic_threshold": 0.9, "clip_range": 2.0}, "DDIMScheduler")
+
+
+def test_thresholding_with_their_default_cap_is_clipping():
+    found = file_of("DDIMScheduler", **SHORT, thresholding=True, clip_sample=False)
+    assert_same(our_chain(found, 10), their_chain(found, 10))
 
 
 @pytest.mark.skipif(
     "dynamic_threshold" not in inspect.signature(diffusion.sample).parameters, reason="sample has no thresholding yet"
 )
-@pytest.mark.parametrize("top", [1.0, 1.3, 100.0])
+@pytest.mark.parametrize("top", [1.3, 100.0])
 @pytest.mark.parametrize("class_name", ["DDPMScheduler", "DDIMScheduler"])
 def test_chains_with_thresholding(class_name, top):
     found = file_of(class_name, **SHORT, thresholding=True, sample_max_value=top, dynamic_thresholding_ratio=0.9)
