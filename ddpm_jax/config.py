@@ -30,9 +30,9 @@ class DataConfig:
 
 @dataclasses.dataclass(slots=True)
 class ModelConfig:
-    """The network; see ``models.UNet``."""
+    """The network; see its class in ``models``. A setting that it does not have stays at its default."""
 
-    kind: str = "unet"
+    kind: str = "unet"  # or linear_attention_unet
     base_channels: int = 128
     channel_mults: tuple[int, ...] = (1, 2, 2, 2)
     num_res_blocks: int = 2
@@ -48,6 +48,8 @@ class ModelConfig:
     downsample_padding: int = 0  # 0: bottom and right, 1: all sides
     flip_sin_to_cos: bool = False
     freq_shift: float = 1.0
+    block: str | None = None  # of linear_attention_unet: convnext or resnet; None is convnext
+    num_heads: int | None = None  # of linear_attention_unet, each 32 wide; None is 4
     dropout: float = 0.0
     num_classes: int = 0  # 0: no labels
     null_label: bool = True  # whether label num_classes stands for "no label"
@@ -144,7 +146,8 @@ _CHOICES = {
     "data.channels": (1, 3),
     "data.placement": ("host", "device"),
     "model.downsample_padding": (0, 1),
-    "model.kind": ("unet",),
+    "model.kind": ("unet", "linear_attention_unet"),
+    "model.block": (None, "convnext", "resnet"),
     "model.attention": ("xla", "cudnn"),
     "diffusion.schedule": (*diffusion.SCHEDULES, "table"),
     "diffusion.prediction": diffusion.PREDICTIONS,
@@ -241,13 +244,16 @@ def _check_network(config: Config) -> None:
             f"{model.channel_mults} halves the image {levels - 1} times"
         )
     heights = [size // 2**i for i in range(levels)]
-    for field in ("attention_resolutions", "up_attention_resolutions"):
+    # Other networks have no such settings, and `experiment.make_model` refuses them unless they are the defaults.
+    for field in ("attention_resolutions", "up_attention_resolutions") if model.kind == "unet" else ():
         for resolution in getattr(model, field) or ():
             if resolution not in heights:
                 raise ConfigError(
                     f"config.model.{field}={getattr(model, field)}: no level has height {resolution}; "
                     f"the levels' heights are {', '.join(map(str, heights))}"
                 )
+    if model.num_heads is not None and model.num_heads < 1:
+        raise ConfigError(f"config.model.num_heads={model.num_heads}: must be positive, or None for the network's own")
     if model.base_channels < 4:
         raise ConfigError(f"config.model.base_channels={model.base_channels}: the time embedding needs at least 4")
     for field, optional in (("num_groups", 1), ("middle_attention_groups", 0), ("attention_head_channels", 1)):

@@ -25,6 +25,8 @@ IDENTITY_FIELDS = [
     if field.startswith(("model.", "diffusion.")) and field not in ("model.attention", "model.dropout")
 ] + ["data.image_size", "data.channels"]
 
+_NOT_THE_NETWORK_S = ("kind", "label_dropout")  # of the fields of config.model
+
 
 class RunError(ValueError):
     """A workdir that cannot be used as asked; the message is one line with the path and the remedy."""
@@ -44,8 +46,32 @@ def make_schedule(config: Config) -> diffusion.Schedule:
     return diffusion.make_schedule(config.diffusion.schedule, **config_lib.schedule_options(config.diffusion))
 
 
-def make_model(config: Config) -> models.UNet:
-    """The network."""
+def make_model(config: Config) -> models.Network:
+    """The network of ``model.kind``, with those settings that its class declares as fields.
+
+    A setting of None is left to the network.
+
+    Raises:
+        ConfigError: a setting that the network does not have and that is not at its default, or an attention
+            implementation that cannot run here.
+    """
+    network: Any = models.NETWORKS[config.model.kind]
+    accepted = {field.name for field in dataclasses.fields(network)}
+    settings = {f"model.{x.name}": x.name for x in dataclasses.fields(config.model) if x.name not in _NOT_THE_NETWORK_S}
+    settings["train.remat"] = "remat"
+    for field, name in settings.items():
+        value = config_lib.get(config, field)
+        if name not in accepted and value != config_lib.get(Config(), field):
+            kind = config.model.kind
+            raise ConfigError(f"config.{field}={value!r}: the network {kind!r} has no such setting; leave it out")
+    if "attention" in accepted:
+        _check_attention(config)
+    values = {name: config_lib.get(config, field) for field, name in settings.items()}
+    values |= {"out_channels": config.data.channels, "dtype": compute_dtype(config)}
+    return network(**{name: x for name, x in values.items() if name in accepted and x is not None})
+
+
+def _check_attention(config: Config) -> None:
     settings = config.model
     levels = list(enumerate(settings.channel_mults))
     heights = {*settings.attention_resolutions, *(settings.up_attention_resolutions or ())}
@@ -56,31 +82,6 @@ def make_model(config: Config) -> models.UNet:
         models.check_attention(settings.attention, widths, compute_dtype(config), jax.devices()[0])
     except ValueError as error:
         raise ConfigError(f"config.{error}") from None
-    return models.NETWORKS[settings.kind](
-        out_channels=config.data.channels,
-        base_channels=settings.base_channels,
-        channel_mults=tuple(settings.channel_mults),
-        num_res_blocks=settings.num_res_blocks,
-        attention_resolutions=tuple(settings.attention_resolutions),
-        up_attention_resolutions=None
-        if settings.up_attention_resolutions is None
-        else tuple(settings.up_attention_resolutions),
-        middle_attention=settings.middle_attention,
-        middle_attention_groups=settings.middle_attention_groups,
-        attention_head_channels=settings.attention_head_channels,
-        num_groups=settings.num_groups,
-        norm_epsilon=settings.norm_epsilon,
-        time_scale_shift=settings.time_scale_shift,
-        downsample_padding=settings.downsample_padding,
-        flip_sin_to_cos=settings.flip_sin_to_cos,
-        freq_shift=settings.freq_shift,
-        dropout=settings.dropout,
-        num_classes=settings.num_classes,
-        null_label=settings.null_label,
-        attention=settings.attention,
-        remat=config.train.remat,
-        dtype=compute_dtype(config),
-    )
 
 
 def compute_dtype(config: Config) -> jnp.dtype:
@@ -89,7 +90,7 @@ def compute_dtype(config: Config) -> jnp.dtype:
     return jnp.dtype(auto if config.dtype == "auto" else config.dtype)
 
 
-def make_init_fn(config: Config, model: models.UNet) -> Callable[[jax.Array], training.Params]:
+def make_init_fn(config: Config, model: models.Network) -> Callable[[jax.Array], training.Params]:
     """``init_fn(key) -> params``."""
 
     def init_fn(key: jax.Array) -> training.Params:
@@ -99,7 +100,7 @@ def make_init_fn(config: Config, model: models.UNet) -> Callable[[jax.Array], tr
     return init_fn
 
 
-def make_loss_fn(config: Config, model: models.UNet, schedule: diffusion.Schedule) -> training.LossFn:
+def make_loss_fn(config: Config, model: models.Network, schedule: diffusion.Schedule) -> training.LossFn:
     """``loss_fn(params, batch, keys) -> (loss, sums)`` of a batch of uint8 images, one key an example.
 
     The sums are those of the loss and of the number of examples in each quarter of the range of t, [4] each.
@@ -131,7 +132,7 @@ def make_loss_fn(config: Config, model: models.UNet, schedule: diffusion.Schedul
     return loss_fn
 
 
-def make_denoise_fn(model: models.UNet, params: training.Params) -> Partial:
+def make_denoise_fn(model: models.Network, params: training.Params) -> Partial:
     """``denoise_fn(x_t, t, label=None)``, the network with its parameters; no label is the null label."""
     return Partial(_Apply(model), params)
 
@@ -140,7 +141,7 @@ def make_denoise_fn(model: models.UNet, params: training.Params) -> Partial:
 class _Apply:
     """``model.apply`` without its dictionary: hashable by value, so that equal networks share compiled samplers."""
 
-    model: models.UNet
+    model: models.Network
 
     def __call__(
         self, params: training.Params, x_t: jax.Array, t: jax.Array, label: jax.Array | None = None

@@ -16,7 +16,7 @@ PROMISED = {
 seed dtype
 data.source data.split data.data_dir data.image_size data.channels data.random_flip data.placement
 model.kind model.base_channels model.channel_mults model.num_res_blocks model.attention_resolutions model.attention
-model.dropout model.num_classes model.label_dropout
+model.dropout model.num_classes model.label_dropout model.block
 diffusion.schedule diffusion.num_timesteps diffusion.prediction diffusion.loss diffusion.loss_weight
 optimizer.learning_rate optimizer.lr_decay optimizer.warmup_steps optimizer.weight_decay optimizer.grad_clip_norm
 optimizer.ema_decay optimizer.ema_start
@@ -83,6 +83,7 @@ def test_a_missing_field_takes_its_default_and_an_unknown_one_is_named():
         ({"data.placement": "gpu"}, "choose one of host, device"),
         ({"model.kind": "dit"}, "choose one of unet"),
         ({"model.attention": "flash"}, "choose one of xla, cudnn"),
+        ({"model.block": "swin"}, "choose one of None, convnext, resnet"),
         ({"diffusion.schedule": "lienar"}, "choose one of linear, cosine"),
         ({"diffusion.prediction": "epsilon"}, "choose one of eps, x0, v"),
         ({"diffusion.loss": "mse"}, "choose one of l1, l2, huber"),
@@ -97,6 +98,7 @@ def test_a_missing_field_takes_its_default_and_an_unknown_one_is_named():
         ({"data.image_size": 0}, "positive"),
         ({"model.base_channels": -1}, "positive"),
         ({"model.num_res_blocks": 0}, "positive"),
+        ({"model.num_heads": 0}, "positive, or None"),
         ({"diffusion.num_timesteps": 0}, "positive"),
         ({"optimizer.learning_rate": 0.0}, "positive"),
         ({"optimizer.learning_rate": float("nan")}, "positive"),

@@ -105,6 +105,22 @@ def test_fashion_mnist_is_gray_and_from_tfds():
     assert (found["data.source"], found["data.channels"]) == ("tfds:fashion_mnist", 1)
 
 
+def test_fashion_mnist_is_the_annotated_diffusion_model_over_five_epochs():
+    expected = {
+        "data.image_size": 28,
+        "data.random_flip": True,
+        "model.kind": "linear_attention_unet",
+        "diffusion.num_timesteps": 200,
+        "diffusion.scale_betas": True,
+        "diffusion.loss": "huber",
+        "sampling.method": "ddpm",
+        "sampling.num_steps": 200,
+        "train.batch_size": 128,
+        "train.num_steps": 5 * 60_000 // 128,
+    }
+    assert {field: values("fashion_mnist")[field] for field in expected} == expected
+
+
 @by_name
 def test_half_a_chain_remains_for_its_checkpoints_and_pictures(path):
     train = load(path).get_config().train

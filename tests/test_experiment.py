@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax import diffusion, experiment, training
+from ddpm_jax import diffusion, experiment, models, training
 from ddpm_jax.config import Config, ConfigError, DataConfig, DiffusionConfig, ModelConfig, OptimizerConfig, TrainConfig
 from ddpm_jax.experiment import RunError
 
@@ -161,6 +161,64 @@ def test_the_network_is_the_one_of_the_config():
     assert params["class_embedding"]["embedding"].shape[0] == 5
     assert "down_0_attention_1" in params
     assert (model.dropout, model.remat, model.dtype) == (0.2, "dots", jnp.bfloat16)
+
+
+def test_a_network_takes_the_settings_that_it_declares():
+    model = ModelConfig(kind="linear_attention_unet", base_channels=8, channel_mults=(1,), block="resnet", dropout=0.3)
+    found = experiment.make_model(tiny(model=model, train=TrainConfig(remat="blocks"), dtype="bfloat16"))
+    assert type(found) is models.LinearAttentionUNet
+    own = models.LinearAttentionUNet(
+        out_channels=1,
+        base_channels=8,
+        channel_mults=(1,),
+        block="resnet",
+        dropout=0.3,
+        remat="blocks",
+        dtype=jnp.dtype("bfloat16"),
+        num_res_blocks=model.num_res_blocks,
+        num_groups=model.num_groups,
+    )
+    assert found == own  # num_heads=None is the network's own number
+
+
+def test_any_module_is_a_network_with_one_line_in_the_dictionary(monkeypatch):
+    class Pointwise(models.Network):
+        out_channels: int
+        base_channels: int = 5
+
+        def __call__(self, x_t, t, label=None, train=False):
+            return self.base_channels * x_t
+
+    monkeypatch.setitem(models.NETWORKS, "pointwise", Pointwise)
+    model = ModelConfig(kind="pointwise", base_channels=8, attention_resolutions=ModelConfig().attention_resolutions)
+    config = tiny(data=DataConfig(image_size=SIZE, channels=3), model=model)
+    network = experiment.make_model(config)
+    assert (type(network), network.out_channels, network.base_channels) == (Pointwise, 3, 8)
+    denoise_fn = experiment.make_denoise_fn(network, {})
+    np.testing.assert_array_equal(
+        denoise_fn(jnp.ones((1, 2, 2, 3)), jnp.zeros(1, jnp.int32)), 8 * np.ones((1, 2, 2, 3))
+    )
+    model.num_classes, model.label_dropout = 3, 0.1
+    with pytest.raises(
+        ConfigError, match=r"^config\.model\.num_classes=3: the network 'pointwise' has no such setting"
+    ):
+        experiment.make_model(config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        ("unet", "model.block", "resnet"),
+        ("linear_attention_unet", "model.attention", "cudnn"),
+        ("linear_attention_unet", "model.attention_resolutions", (4,)),
+    ],
+)
+def test_a_setting_that_the_network_does_not_have_is_refused(kind, field, value):
+    config = tiny(model=ModelConfig(kind=kind, base_channels=8))
+    setattr(config.model, field.removeprefix("model."), value)
+    with pytest.raises(ConfigError) as caught:
+        experiment.make_model(config)
+    assert str(caught.value) == f"config.{field}={value!r}: the network {kind!r} has no such setting; leave it out"
 
 
 def test_the_optimizer_is_the_one_of_the_config():

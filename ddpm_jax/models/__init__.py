@@ -3,8 +3,12 @@
 The only room that imports ``flax.linen``.
 """
 
+from flax.linen import Module as Network
+
+from ddpm_jax.models.linear_attention_unet import LinearAttentionUNet
 from ddpm_jax.models.unet import ATTENTIONS, REMATS, UNet, check_attention
 
-NETWORKS = {"unet": UNet}  # model.kind -> module
+# model.kind -> module. Its fields are the settings of the config that it takes.
+NETWORKS: dict[str, type[Network]] = {"unet": UNet, "linear_attention_unet": LinearAttentionUNet}
 
-__all__ = ["ATTENTIONS", "NETWORKS", "REMATS", "UNet", "check_attention"]
+__all__ = ["ATTENTIONS", "NETWORKS", "REMATS", "LinearAttentionUNet", "Network", "UNet", "check_attention"]

@@ -131,14 +131,14 @@ class UNet(nn.Module):
         """What makes a residual block and an attention block."""
         # `train` is argument 3 of a residual block, the module itself being 0.
         block = functools.partial(
-            _with_remat(ResBlock, self.remat, (3,)),
+            with_remat(ResBlock, self.remat, (3,)),
             norm=norm,
             dropout=self.dropout,
             time_scale_shift=self.time_scale_shift,
             dtype=self.dtype,
         )
         attend = functools.partial(
-            _with_remat(AttentionBlock, self.remat),
+            with_remat(AttentionBlock, self.remat),
             norm=norm,
             head_channels=self.attention_head_channels,
             implementation=self.attention,
@@ -161,14 +161,7 @@ class UNet(nn.Module):
         return embedding
 
     def _check(self, x_t: jax.Array, label: jax.Array | None) -> None:
-        factor = 2 ** (len(self.channel_mults) - 1)
-        if x_t.shape[1] % factor or x_t.shape[2] % factor:
-            raise ValueError(
-                f"data.image_size: {x_t.shape[1]}x{x_t.shape[2]} must be divisible by {factor}, since "
-                f"model.channel_mults={tuple(self.channel_mults)} halves the image {len(self.channel_mults) - 1} times"
-            )
-        if label is not None and not self.num_classes:
-            raise ValueError("model.num_classes=0: this network takes no label; set num_classes to train with labels")
+        check_inputs(x_t, label, self.channel_mults, self.num_classes)
         if label is None and self.num_classes and not self.null_label:
             raise ValueError(
                 "model.null_label=False: this network knows no image without a label; give label, int32 [B]"
@@ -292,6 +285,19 @@ def conv(
     )
 
 
+def check_inputs(x_t: jax.Array, label: jax.Array | None, channel_mults: Sequence[int], num_classes: int) -> None:
+    """Refuses an image that cannot be halved for each level but the last, and a label where there are no classes."""
+    halvings = len(channel_mults) - 1
+    factor = 2**halvings
+    if x_t.shape[1] % factor or x_t.shape[2] % factor:
+        raise ValueError(
+            f"data.image_size: {x_t.shape[1]}x{x_t.shape[2]} must be divisible by {factor}, since "
+            f"model.channel_mults={tuple(channel_mults)} halves the image {halvings} times"
+        )
+    if label is not None and not num_classes:
+        raise ValueError("model.num_classes=0: this network takes no label; set num_classes to train with labels")
+
+
 def check_attention(implementation: str, head_widths: Sequence[int], dtype: Any, device: jax.Device) -> None:
     """Refuses an attention implementation that cannot run heads of these widths and this dtype on this device."""
     if implementation not in ATTENTIONS:
@@ -313,7 +319,8 @@ def check_attention(implementation: str, head_widths: Sequence[int], dtype: Any,
         raise ValueError(f"model.attention='cudnn': {problem}; use 'xla'")
 
 
-def _with_remat(block: Any, remat: str, static_argnums: tuple[int, ...] = ()) -> Any:
+def with_remat(block: Any, remat: str, static_argnums: tuple[int, ...] = ()) -> Any:
+    """The module class ``block``, rematerialised as ``remat`` says; ``static_argnums`` count from self, 0."""
     if remat not in REMATS:
         raise ValueError(f"train.remat={remat!r}: choose one of {', '.join(REMATS)}")
     if remat == "none":
