@@ -81,7 +81,7 @@ def load_folder(folder: Folder, **attributes: Any) -> Pipeline:
 
 def save_pipeline(
     path: str,
-    model: models.UNet,
+    model: models.Network,
     params: Any,
     *,
     image_size: int,
@@ -103,8 +103,10 @@ def save_pipeline(
         sampling: fields of ``config.SamplingConfig``.
 
     Raises:
-        InteropError: the folder is not empty, or the run has what diffusers has no word for.
+        InteropError: the folder is not empty, or the network or its chain has what diffusers has no word for.
     """
+    if not isinstance(model, models.UNet):
+        raise InteropError(f"{type(model).__name__}: diffusers has no such network; only model.kind='unet' goes there")
     target = Path(path)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InteropError(f"{path}: is there already; choose another folder")

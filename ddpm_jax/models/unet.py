@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from ddpm_jax.models.convolution import conv_for_training
 
+NORM_EPSILON = 1e-6  # as Ho et al.
 REMATS = ("none", "blocks", "dots")
 ATTENTIONS = ("xla", "cudnn")
 
@@ -62,7 +63,7 @@ class UNet(nn.Module):
     middle_attention_groups: int | None = None
     attention_head_channels: int | None = None
     num_groups: int | None = None
-    norm_epsilon: float = 1e-6
+    norm_epsilon: float = NORM_EPSILON
     time_scale_shift: bool = False
     downsample_padding: int = 0
     flip_sin_to_cos: bool = False

@@ -15,7 +15,7 @@ import safetensors.numpy
 from ddpm_jax.config import Config
 from ddpm_jax.interop import InteropError, diffusers_unet
 from ddpm_jax.interop.diffusers import load_pipeline, save_pipeline
-from ddpm_jax.models import UNet
+from ddpm_jax.models import LinearAttentionUNet, UNet
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -402,6 +402,12 @@ def test_what_exists_is_not_overwritten_and_nothing_torn_is_left(folder, tmp_pat
     with pytest.raises(OSError, match="disk full"):
         save(str(tmp_path / "new"))
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_another_network_is_refused(tmp_path):
+    model = LinearAttentionUNet(out_channels=1)
+    with pytest.raises(InteropError, match="LinearAttentionUNet: diffusers has no such network"):
+        save_pipeline(str(tmp_path / "p"), model, {}, image_size=8, diffusion={}, sampling={})
 
 
 @pytest.mark.parametrize(("method", "kind"), [("ddpm", "DDPM"), ("ddim", "DDIM")])
