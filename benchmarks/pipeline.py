@@ -3,9 +3,9 @@
     python -m benchmarks.pipeline                              # 16 images, 50 steps
     python -m benchmarks.pipeline --path google/ddpm-cifar10-32 --rounds 5
 
-diffusers' ``DDIMPipeline`` and ``ddpm_jax.diffusion.sample`` take turns, on the same device; its progress bar is off,
-and both return arrays. Without ``--path`` the weights are random, made by diffusers and read by ``ddpm_jax.interop``. On a
-CPU both compute in float32, on a GPU PyTorch in bfloat16 with channels_last and ours in bfloat16.
+diffusers' ``DDIMPipeline`` and ``ddpm_jax.diffusion.sample`` take turns on the same device; its progress bar is off,
+and both return arrays. Without ``--path`` the weights are random, made by diffusers and read by ``ddpm_jax.interop``.
+On a CPU both compute in float32, on a GPU PyTorch in bfloat16 with channels_last and ours in bfloat16.
 
 Prints the seconds of each, and how many times as long theirs takes as ours.
 """
