@@ -105,7 +105,7 @@ class TrainConfig:
 class SamplingConfig:
     """Arguments of ``diffusion.sample``; the programs' flags override them."""
 
-    method: str = "ddim"  # or ddpm
+    method: str = "ddim"  # ddim, ddpm, dpm++ or heun
     num_steps: int = 50
     eta: float = 0.0
     spacing: str = "leading"
@@ -114,6 +114,8 @@ class SamplingConfig:
     variance: str = "fixed_small"  # or fixed_large
     clip_x0: bool = True
     clip_range: float = 1.0  # clip to [-clip_range, clip_range]
+    dynamic_threshold: float = 0.0  # clip at this quantile of |x0_hat| of each image and scale back; 0 is off
+    max_threshold: float = 0.0  # cap of what that clips at, in units of the clip bounds; 0 is none
     rederive_eps: bool = True
     guidance: float = 1.0  # out = out_null + guidance (out_label - out_null)
 
@@ -189,8 +191,9 @@ _NOT_NEGATIVE = [
     "train.keep_every",
     "sampling.steps_offset",
     "sampling.guidance",
+    "sampling.max_threshold",
 ]
-_SHARES = ["model.dropout", "model.label_dropout", "optimizer.ema_decay"]  # in [0, 1)
+_SHARES = ["model.dropout", "model.label_dropout", "optimizer.ema_decay", "sampling.dynamic_threshold"]  # in [0, 1)
 
 
 def field_names() -> list[str]:
@@ -288,6 +291,7 @@ def _check_chains(config: Config) -> None:
     try:
         betas = diffusion.schedule_betas(settings.schedule, **schedule_options(settings))
         t, _ = diffusion.timestep_plan(settings.num_timesteps, sampling.num_steps, **plan_options(sampling))
+        diffusion.check_thresholds(sampling.clip_x0, sampling.dynamic_threshold or None, sampling.max_threshold or None)
     except ValueError as error:
         raise ConfigError(f"config.{error}") from None
     if betas[-1] == 1:

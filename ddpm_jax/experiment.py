@@ -195,6 +195,8 @@ def sampling_options(config: Config) -> dict[str, Any]:
         "variance": settings.variance,
         "prediction": config.diffusion.prediction,
         "clip_x0": (-settings.clip_range, settings.clip_range) if settings.clip_x0 else False,
+        "dynamic_threshold": settings.dynamic_threshold or None,
+        "max_threshold": settings.max_threshold or None,
         "rederive_eps": settings.rederive_eps,
     }
 

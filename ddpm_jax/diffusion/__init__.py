@@ -1,13 +1,14 @@
 """The mathematics of denoising diffusion: pure functions over jax arrays, without a network.
 
 ``from ddpm_jax import diffusion`` is what notebooks import. Modules, in the order in which to read them: ``schedule``,
-``process``, ``losses``, ``spacing``, ``samplers``, ``guidance``.
+``process``, ``losses``, ``spacing``, ``steps``, ``clipping``, ``samplers``, ``guidance``.
 """
 
+from ddpm_jax.diffusion.clipping import check_thresholds, threshold
 from ddpm_jax.diffusion.guidance import guided
 from ddpm_jax.diffusion.losses import LOSSES, WEIGHTS, loss, target, weight
 from ddpm_jax.diffusion.process import PREDICTIONS, eps_from, posterior, q_sample, v_from, x0_from
-from ddpm_jax.diffusion.samplers import METHODS, VARIANCES, Trajectory, ddim_step, ddpm_step, sample
+from ddpm_jax.diffusion.samplers import Trajectory, sample
 from ddpm_jax.diffusion.schedule import (
     SCHEDULES,
     Schedule,
@@ -18,6 +19,15 @@ from ddpm_jax.diffusion.schedule import (
     schedule_from_betas,
 )
 from ddpm_jax.diffusion.spacing import ENDS, SPACINGS, timestep_plan
+from ddpm_jax.diffusion.steps import (
+    METHODS,
+    VARIANCES,
+    ddim_step,
+    ddpm_step,
+    dpmpp_step,
+    exponential_step,
+    heun_step,
+)
 
 __all__ = [
     "ENDS",
@@ -31,10 +41,14 @@ __all__ = [
     "Schedule",
     "ScheduleWarning",
     "Trajectory",
+    "check_thresholds",
     "ddim_step",
     "ddpm_step",
+    "dpmpp_step",
     "eps_from",
+    "exponential_step",
     "guided",
+    "heun_step",
     "loss",
     "make_schedule",
     "posterior",
@@ -44,6 +58,7 @@ __all__ = [
     "schedule_betas",
     "schedule_from_betas",
     "target",
+    "threshold",
     "timestep_plan",
     "v_from",
     "weight",
