@@ -1,11 +1,12 @@
 """The mathematics of denoising diffusion: pure functions over jax arrays, without a network.
 
 ``from ddpm_jax import diffusion`` is what notebooks import. Modules, in the order in which to read them: ``schedule``,
-``process``, ``losses``, ``spacing``, ``steps``, ``clipping``, ``samplers``, ``guidance``.
+``process``, ``losses``, ``spacing``, ``steps``, ``clipping``, ``samplers``, ``inversion``, ``guidance``.
 """
 
 from ddpm_jax.diffusion.clipping import check_thresholds, threshold
 from ddpm_jax.diffusion.guidance import guided
+from ddpm_jax.diffusion.inversion import invert
 from ddpm_jax.diffusion.losses import LOSSES, WEIGHTS, loss, target, weight
 from ddpm_jax.diffusion.process import PREDICTIONS, eps_from, posterior, q_sample, v_from, x0_from
 from ddpm_jax.diffusion.samplers import Trajectory, sample
@@ -49,6 +50,7 @@ __all__ = [
     "exponential_step",
     "guided",
     "heun_step",
+    "invert",
     "loss",
     "make_schedule",
     "posterior",

@@ -86,7 +86,7 @@ def sample(
         ValueError: an argument is out of range or does not fit the others; the message names it and the remedy.
     """
     _check_choices(method, eta, variance, prediction)
-    t, t_prev = _checked_plan(schedule, num_steps, spacing, plan)
+    t, t_prev = checked_plan(schedule, num_steps, spacing, plan)
     if not 0 <= trajectory <= len(t):
         raise ValueError(f"trajectory={trajectory}: must lie in 0 .. {len(t)}, the number of steps")
     x_T = jnp.asarray(x_T, jnp.float32)
@@ -167,13 +167,19 @@ def _guess(
     t: jax.Array,
 ) -> Guess:
     """One network call, and what it says."""
-    output = denoise_fn(x_t, jnp.full(x_t.shape[:1], t)).astype(jnp.float32)
-    if output.shape != x_t.shape:
-        raise ValueError(f"denoise_fn: returned {output.shape} for images {x_t.shape}; the two must be alike")
+    output = network_output(denoise_fn, x_t, t)
     x0_hat = clipped(x0_from(prediction, schedule, output, x_t, t), clip)
     # Without clipping the two are the same number, and the network's own is the better conditioned.
     source = ("x0", x0_hat) if rederive_eps and clip is not None else (prediction, output)
     return Guess(x0_hat, eps_from(source[0], schedule, source[1], x_t, t))
+
+
+def network_output(denoise_fn: Partial, x_t: jax.Array, t: jax.Array) -> jax.Array:
+    """One network call at one level for the whole batch, float32, of the shape of the images."""
+    output = denoise_fn(x_t, jnp.full(x_t.shape[:1], t)).astype(jnp.float32)
+    if output.shape != x_t.shape:
+        raise ValueError(f"denoise_fn: returned {output.shape} for images {x_t.shape}; the two must be alike")
+    return output
 
 
 def _trajectory_shapes(x_T: jax.Array) -> list[tuple[tuple[int, ...], Any]]:
@@ -205,9 +211,10 @@ def _check_choices(method: str, eta: float | jax.Array, variance: str, predictio
         raise ValueError(f"sampling.eta={eta}: method {method!r} has no eta; leave it at 0 or use method 'ddim'")
 
 
-def _checked_plan(
+def checked_plan(
     schedule: Schedule, num_steps: int, spacing: str, plan: tuple[np.ndarray, np.ndarray] | None
 ) -> tuple[np.ndarray, np.ndarray]:
+    """(t, t_prev), int32 [S], of a chain on a schedule; warnings point at the caller's caller."""
     num_timesteps = schedule.num_timesteps
     if plan is None:
         return spaced(num_timesteps, num_steps, spacing, stacklevel=4)
