@@ -1,14 +1,14 @@
 """The mathematics of denoising diffusion: pure functions over jax arrays, without a network.
 
 ``from ddpm_jax import diffusion`` is what notebooks import. Modules, in the order in which to read them: ``schedule``,
-``process``, ``losses``, ``spacing``, ``steps``, ``clipping``, ``samplers``, ``inversion``, ``guidance``.
+``process``, ``losses``, ``spacing``, ``variance``, ``steps``, ``clipping``, ``samplers``, ``inversion``, ``guidance``.
 """
 
 from ddpm_jax.diffusion.clipping import check_thresholds, threshold
 from ddpm_jax.diffusion.guidance import guided
 from ddpm_jax.diffusion.inversion import invert
 from ddpm_jax.diffusion.losses import LOSSES, WEIGHTS, loss, target, weight
-from ddpm_jax.diffusion.process import PREDICTIONS, eps_from, posterior, q_sample, v_from, x0_from
+from ddpm_jax.diffusion.process import PREDICTIONS, eps_from, posterior, posterior_variance, q_sample, v_from, x0_from
 from ddpm_jax.diffusion.samplers import Trajectory, sample
 from ddpm_jax.diffusion.schedule import (
     SCHEDULES,
@@ -22,13 +22,13 @@ from ddpm_jax.diffusion.schedule import (
 from ddpm_jax.diffusion.spacing import ENDS, SPACINGS, timestep_plan
 from ddpm_jax.diffusion.steps import (
     METHODS,
-    VARIANCES,
     ddim_step,
     ddpm_step,
     dpmpp_step,
     exponential_step,
     heun_step,
 )
+from ddpm_jax.diffusion.variance import VARIANCES, model_log_variance, split_output
 
 __all__ = [
     "ENDS",
@@ -53,12 +53,15 @@ __all__ = [
     "invert",
     "loss",
     "make_schedule",
+    "model_log_variance",
     "posterior",
+    "posterior_variance",
     "q_sample",
     "rescale_zero_snr",
     "sample",
     "schedule_betas",
     "schedule_from_betas",
+    "split_output",
     "target",
     "threshold",
     "timestep_plan",

@@ -85,7 +85,7 @@ def _run_inversion(
 
     def step(x: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
         asked = jnp.where(t[i] < 0, t_next[i], t[i])
-        output = network_output(denoise_fn, x, asked)
+        output, _ = network_output(denoise_fn, x, asked)
         eps_hat = eps_from(prediction, schedule, output, x, asked)
         now, following = rates(schedule, t[i], x), rates(schedule, t_next[i], x)
         x0_hat = (x - now.noise * eps_hat) / now.signal

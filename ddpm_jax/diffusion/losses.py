@@ -54,25 +54,24 @@ def weight(kind: str, prediction: str, schedule: Schedule, t: jax.Array) -> jax.
     """Weight of each example's loss, float32 [B], from its timestep.
 
     uniform: 1, which for eps is L_simple (Ho et al. 2020, eq. 14).
-    min_snr: w = min(SNR, 5), SNR = alpha_bar / (1 - alpha_bar), on the squared error of x0 (Hang et al. 2023, eq. 8);
-    on the error of eps that is w / SNR, on that of v w / (SNR + 1).
+    min_snr: w = min(SNR, 5), SNR = alpha_bar / (1 - alpha_bar), on the squared error of x0 (Hang et al. 2023, eq. 8).
+    p2: w = SNR / (1 + SNR) on the squared error of x0, which is 1 / (1 + SNR)^1 on that of eps (Choi et al. 2022,
+    eq. 8, k = 1 and gamma = 1): less for the faint noise that nobody sees.
+
+    A w on the squared error of x0 is w / SNR on that of eps and w / (SNR + 1) on that of v.
 
     Args:
-        kind: "uniform" or "min_snr".
+        kind: "uniform", "min_snr" or "p2".
         prediction: what the network predicts, "eps", "x0" or "v".
         schedule: the noise schedule.
         t: int32 [B].
     """
-    if kind not in WEIGHTS:
-        raise ValueError(f"diffusion.loss_weight={kind!r}: choose one of {', '.join(WEIGHTS)}")
+    if kind not in _WEIGHTS:
+        raise ValueError(f"diffusion.loss_weight={kind!r}: choose one of {', '.join(_WEIGHTS)}")
     if prediction not in PREDICTIONS:
         raise unknown_prediction(prediction)
-    if kind == "uniform":
-        return jnp.ones(t.shape, jnp.float32)
     now = rates(schedule, t, t)
-    snr = now.alpha_bar / now.noise_level
-    clipped = jnp.minimum(snr, MIN_SNR_GAMMA)
-    return {"eps": clipped / snr, "x0": clipped, "v": clipped / (snr + 1)}[prediction]
+    return _WEIGHTS[kind](prediction, now.alpha_bar / now.noise_level)
 
 
 def _huber(difference: jax.Array) -> jax.Array:
@@ -82,4 +81,22 @@ def _huber(difference: jax.Array) -> jax.Array:
 
 _DISTANCES: dict[str, Callable[[jax.Array], jax.Array]] = {"l1": jnp.abs, "l2": jnp.square, "huber": _huber}
 LOSSES = tuple(_DISTANCES)
-WEIGHTS = ("uniform", "min_snr")
+
+
+def _uniform(prediction: str, snr: jax.Array) -> jax.Array:
+    return jnp.ones_like(snr)
+
+
+def _min_snr(prediction: str, snr: jax.Array) -> jax.Array:
+    w = jnp.minimum(snr, MIN_SNR_GAMMA)
+    return {"eps": jnp.minimum(1.0, MIN_SNR_GAMMA / snr), "x0": w, "v": w / (snr + 1)}[prediction]
+
+
+def _p2(prediction: str, snr: jax.Array) -> jax.Array:
+    w = 1 / (1 + snr)
+    return {"eps": w, "x0": w * snr, "v": w * snr / (snr + 1)}[prediction]
+
+
+# A new weighting is a function of what is predicted and the SNR, and a line here.
+_WEIGHTS: dict[str, Callable[[str, jax.Array], jax.Array]] = {"uniform": _uniform, "min_snr": _min_snr, "p2": _p2}
+WEIGHTS = tuple(_WEIGHTS)

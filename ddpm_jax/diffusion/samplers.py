@@ -15,7 +15,8 @@ from ddpm_jax.diffusion.listening import run_with_listener, tell
 from ddpm_jax.diffusion.process import PREDICTIONS, eps_from, x0_from
 from ddpm_jax.diffusion.schedule import Schedule, ScheduleWarning
 from ddpm_jax.diffusion.spacing import spaced
-from ddpm_jax.diffusion.steps import METHODS, STEPS, VARIANCES, Guess, Moment
+from ddpm_jax.diffusion.steps import METHODS, STEPS, Guess, Moment
+from ddpm_jax.diffusion.variance import VARIANCES, split_output
 
 
 class Trajectory(NamedTuple):
@@ -53,7 +54,7 @@ def sample(
     arguments of the program.
 
     Args:
-        denoise_fn: ``denoise_fn(x_t, t)``, [B H W C] float32 and int32 [B] -> [B H W C], called once a step (heun:
+        denoise_fn: ``denoise_fn(x_t, t)``, [B H W C] float32 and int32 [B] -> [B H W C or 2C], called once a step (heun:
             twice). A plain function is static, cached by identity: define it once. ``jax.tree_util.Partial(f, params)``
             passes its leaves as arguments.
         schedule: the noise schedule.
@@ -67,7 +68,8 @@ def sample(
         plan: ``(t, t_prev)``, int [S] each, in place of num_steps and spacing; t_prev < t (or t_prev = t = 0), -1 is
             clean data. The last t_prev need not be -1: the chain then stops at that noise level.
         eta: 0 .. 1, the noise of DDIM; 0 ignores the key. Other methods have none and refuse it.
-        variance: "fixed_small" or "fixed_large", for DDPM.
+        variance: "fixed_small", "fixed_large" or "learned", for DDPM. The last needs a network with twice the
+            channels of the images, whose second half it is; every other method leaves that half alone.
         prediction: what the network predicts: "eps", "x0" or "v".
         clip_x0: clip x0_hat to [-1, 1] (True), to a pair of bounds that broadcast against x_T, or not at all (False).
         dynamic_threshold: q in (0, 1]: the bounds of clip_x0 move out to the q-quantile of |x0_hat| of each image, and
@@ -167,19 +169,16 @@ def _guess(
     t: jax.Array,
 ) -> Guess:
     """One network call, and what it says."""
-    output = network_output(denoise_fn, x_t, t)
+    output, variance_output = network_output(denoise_fn, x_t, t)
     x0_hat = clipped(x0_from(prediction, schedule, output, x_t, t), clip)
     # Without clipping the two are the same number, and the network's own is the better conditioned.
     source = ("x0", x0_hat) if rederive_eps and clip is not None else (prediction, output)
-    return Guess(x0_hat, eps_from(source[0], schedule, source[1], x_t, t))
+    return Guess(x0_hat, eps_from(source[0], schedule, source[1], x_t, t), variance_output)
 
 
-def network_output(denoise_fn: Partial, x_t: jax.Array, t: jax.Array) -> jax.Array:
-    """One network call at one level for the whole batch, float32, of the shape of the images."""
-    output = denoise_fn(x_t, jnp.full(x_t.shape[:1], t)).astype(jnp.float32)
-    if output.shape != x_t.shape:
-        raise ValueError(f"denoise_fn: returned {output.shape} for images {x_t.shape}; the two must be alike")
-    return output
+def network_output(denoise_fn: Partial, x_t: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """One network call at one level for the whole batch: float32, in the halves that ``split_output`` tells apart."""
+    return split_output(denoise_fn(x_t, jnp.full(x_t.shape[:1], t)).astype(jnp.float32), x_t)
 
 
 def _trajectory_shapes(x_T: jax.Array) -> list[tuple[tuple[int, ...], Any]]:

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 
 from ddpm_jax.diffusion.process import posterior
 from ddpm_jax.diffusion.schedule import Schedule, beta_between, rates
-
-VARIANCES = ("fixed_small", "fixed_large")
+from ddpm_jax.diffusion.variance import model_log_variance
 
 
 def ddpm_step(
@@ -21,11 +20,13 @@ def ddpm_step(
     noise: jax.Array,
     *,
     variance: str = "fixed_small",
+    variance_output: jax.Array | None = None,
 ) -> jax.Array:
     """x_prev ~ N(posterior mean of (x0_hat, x_t), sigma^2)  (Ho et al. 2020, algorithm 2; ancestral sampling).
 
     fixed_small: sigma^2 = (1 - alpha_bar_prev) / (1 - alpha_bar_t) beta, the posterior's variance.
     fixed_large: sigma^2 = beta = 1 - alpha_bar_t / alpha_bar_prev; what Ho et al. used for CIFAR-10.
+    learned: between the two, as the network says; see ``model_log_variance``.
     No noise is added in the step to clean data, t_prev = -1.
 
     Args:
@@ -35,16 +36,12 @@ def ddpm_step(
         t: int32 [] or [B], 0 .. T-1.
         t_prev: int32 like t, -1 .. t-1.
         noise: standard normal, shaped as x_t.
-        variance: "fixed_small" or "fixed_large".
+        variance: "fixed_small", "fixed_large" or "learned".
+        variance_output: the second half of the network's channels, shaped as x_t; for "learned".
     """
-    if variance not in VARIANCES:
-        raise ValueError(f"sampling.variance={variance!r}: choose one of {', '.join(VARIANCES)}")
-    mean, small, _ = posterior(schedule, x0_hat, x_t, t, t_prev)
-    if variance == "fixed_small":
-        return mean + jnp.sqrt(small) * noise
-    prev = rates(schedule, t_prev, x_t)
-    large = jnp.where(prev.noise_level > 0, beta_between(rates(schedule, t, x_t), prev), 0.0)
-    return mean + jnp.sqrt(large) * noise
+    mean, _, _ = posterior(schedule, x0_hat, x_t, t, t_prev)
+    std = jnp.exp(0.5 * model_log_variance(variance, schedule, x_t, t, t_prev, variance_output))
+    return mean + jnp.where(rates(schedule, t_prev, x_t).noise_level > 0, std, 0.0) * noise
 
 
 def ddim_step(
@@ -167,6 +164,7 @@ class Guess(NamedTuple):
 
     x0_hat: jax.Array  # [B H W C], clipped where the chain clips
     eps_hat: jax.Array  # [B H W C]
+    variance_output: jax.Array | None  # [B H W C] where the network learned the variance
 
 
 class Moment(NamedTuple):
@@ -195,7 +193,16 @@ def _ddim(m: Moment) -> jax.Array:
 
 
 def _ddpm(m: Moment) -> jax.Array:
-    return ddpm_step(m.schedule, m.guess.x0_hat, m.x_t, m.t, m.t_prev, m.noise(), variance=m.variance)
+    return ddpm_step(
+        m.schedule,
+        m.guess.x0_hat,
+        m.x_t,
+        m.t,
+        m.t_prev,
+        m.noise(),
+        variance=m.variance,
+        variance_output=m.guess.variance_output,
+    )
 
 
 def _dpmpp(m: Moment) -> jax.Array:
