@@ -69,7 +69,8 @@ class DiffusionConfig:
     rescale_zero_snr: bool = False  # the chain ends in pure noise
     prediction: str = "eps"  # eps, x0 or v
     loss: str = "l2"  # l1, l2 or huber
-    loss_weight: str = "uniform"  # or min_snr
+    loss_weight: str = "uniform"  # uniform, min_snr or p2
+    learned_variance: bool = False  # twice the output channels; sampled with sampling.variance=learned
 
 
 @dataclasses.dataclass(slots=True)
@@ -111,7 +112,7 @@ class SamplingConfig:
     spacing: str = "leading"
     steps_offset: int = 0  # of leading
     end: str = "clean"  # or first: ddim stops at the noise level of t = 0
-    variance: str = "fixed_small"  # or fixed_large
+    variance: str = "fixed_small"  # fixed_small, fixed_large or learned
     clip_x0: bool = True
     clip_range: float = 1.0  # clip to [-clip_range, clip_range]
     dynamic_threshold: float = 0.0  # clip at this quantile of |x0_hat| of each image and scale back; 0 is off
@@ -291,6 +292,7 @@ def _check_chains(config: Config) -> None:
     try:
         betas = diffusion.schedule_betas(settings.schedule, **schedule_options(settings))
         t, _ = diffusion.timestep_plan(settings.num_timesteps, sampling.num_steps, **plan_options(sampling))
+        diffusion.check_variance(sampling.variance, settings.learned_variance)
         diffusion.check_thresholds(sampling.clip_x0, sampling.dynamic_threshold or None, sampling.max_threshold or None)
     except ValueError as error:
         raise ConfigError(f"config.{error}") from None

@@ -67,7 +67,8 @@ def make_model(config: Config) -> models.Network:
     if "attention" in accepted:
         _check_attention(config)
     values = {name: config_lib.get(config, field) for field, name in settings.items()}
-    values |= {"out_channels": config.data.channels, "dtype": compute_dtype(config)}
+    out_channels = config.data.channels * (2 if config.diffusion.learned_variance else 1)
+    values |= {"out_channels": out_channels, "dtype": compute_dtype(config)}
     return network(**{name: x for name, x in values.items() if name in accepted and x is not None})
 
 
@@ -122,10 +123,13 @@ def make_loss_fn(config: Config, model: models.Network, schedule: diffusion.Sche
         if config.model.num_classes:
             label = jnp.where(unlabelled, config.model.num_classes, batch["label"])
         rngs = {"dropout": dropout_keys[0]}  # Linen draws one mask for the whole batch
-        output: Any = model.apply({"params": params}, x_t, t, label, train=True, rngs=rngs)
+        applied: Any = model.apply({"params": params}, x_t, t, label, train=True, rngs=rngs)
+        output, variance_output = diffusion.split_output(applied, x_t)
         target = diffusion.target(settings.prediction, schedule, x0, eps, t)
         losses = diffusion.loss(settings.loss, output, target)
         losses *= diffusion.weight(settings.loss_weight, settings.prediction, schedule, t)
+        if variance_output is not None:
+            losses += diffusion.variance_loss(schedule, settings.prediction, output, variance_output, x0, x_t, t)
         quarter = jax.nn.one_hot(4 * t // num_timesteps, 4)
         return losses.mean(), {"loss_sums": (losses[:, None] * quarter).sum(0), "loss_counts": quarter.sum(0)}
 

@@ -55,7 +55,7 @@ def define_flags() -> None:
     flags.DEFINE_string("spacing", None, "leading, trailing, linspace or quadratic.")
     flags.DEFINE_integer("steps_offset", None, "Added to the timesteps of the spacing leading.")
     flags.DEFINE_string("end", None, "clean, or first: ddim stops at the noise level of t = 0.")
-    flags.DEFINE_string("variance", None, "Of ddpm: fixed_small or fixed_large.")
+    flags.DEFINE_string("variance", None, "Of ddpm: fixed_small, fixed_large or learned.")
     flags.DEFINE_bool("clip_x0", None, "Clip predicted images to [-clip_range, clip_range].")
     flags.DEFINE_float("clip_range", None, "Of clip_x0; images lie in [-1, 1].")
     flags.DEFINE_float("dynamic_threshold", None, "Clip at this quantile of each image and scale back; 0 is off.")

@@ -119,6 +119,7 @@ def test_a_missing_field_takes_its_default_and_an_unknown_one_is_named():
         ({"optimizer.grad_clip_norm": -1.0}, "not be negative"),
         ({"optimizer.ema_start": -1}, "not be negative"),
         ({"train.keep_every": -1}, "not be negative"),
+        ({"sampling.variance": "learned"}, "diffusion.learned_variance"),
         ({"sampling.guidance": -1.0}, "not be negative"),
         ({"sampling.steps_offset": -1}, "not be negative"),
         ({"sampling.clip_range": 0.0}, "positive"),

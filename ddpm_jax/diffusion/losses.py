@@ -1,14 +1,18 @@
 """What the network is trained for: targets, distances and their weights over t."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ddpm_jax.diffusion.process import PREDICTIONS, unknown_prediction
+from ddpm_jax.diffusion.likelihood import BOUNDS, step_term
+from ddpm_jax.diffusion.process import PREDICTIONS, unknown_prediction, x0_from
 from ddpm_jax.diffusion.schedule import Schedule, rates
+from ddpm_jax.diffusion.variance import model_log_variance
 
 MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, section 3.4
+VLB_WEIGHT = 0.001  # Nichol & Dhariwal 2021, section 3.1
 
 
 def loss(kind: str, prediction: jax.Array, target: jax.Array) -> jax.Array:
@@ -72,6 +76,38 @@ def weight(kind: str, prediction: str, schedule: Schedule, t: jax.Array) -> jax.
         raise unknown_prediction(prediction)
     now = rates(schedule, t, t)
     return _WEIGHTS[kind](prediction, now.alpha_bar / now.noise_level)
+
+
+def variance_loss(
+    schedule: Schedule,
+    prediction: str,
+    output: jax.Array,
+    variance_output: jax.Array,
+    x0: jax.Array,
+    x_t: jax.Array,
+    t: jax.Array,
+    *,
+    bounds: tuple[Any, Any] = BOUNDS,
+) -> jax.Array:
+    """What a learned variance is trained for, to be added to the loss of the mean, float32 [B].
+
+    L_hybrid = L_simple + 0.001 L_vlb (Nichol & Dhariwal 2021, section 3.1), L_vlb = T times the bound's term of the
+    drawn t, in bits a dimension. No gradient reaches ``output``: the mean is left to L_simple.
+
+    Args:
+        schedule: the noise schedule.
+        prediction: what ``output`` is: "eps", "x0" or "v".
+        output: the first half of the network's channels [B ...].
+        variance_output: the second half, shaped as output; see ``model_log_variance``.
+        x0: clean images [B ...], each pixel one of 256 levels.
+        x_t: noisy images, shaped as x0.
+        t: int32 [B].
+        bounds: the least and the greatest level, see ``decoder_term``.
+    """
+    output, variance_output = jax.lax.stop_gradient(output.astype(jnp.float32)), variance_output.astype(jnp.float32)
+    x0_hat = x0_from(prediction, schedule, output, x_t, t)
+    log_variance = model_log_variance("learned", schedule, x_t, t, t - 1, variance_output)
+    return VLB_WEIGHT * schedule.num_timesteps * step_term(schedule, x0, x0_hat, log_variance, t, bounds=bounds)
 
 
 def _huber(difference: jax.Array) -> jax.Array:

@@ -54,9 +54,9 @@ def sample(
     arguments of the program.
 
     Args:
-        denoise_fn: ``denoise_fn(x_t, t)``, [B H W C] float32 and int32 [B] -> [B H W C or 2C], called once a step (heun:
-            twice). A plain function is static, cached by identity: define it once. ``jax.tree_util.Partial(f, params)``
-            passes its leaves as arguments.
+        denoise_fn: ``denoise_fn(x_t, t)``, [B H W C] float32 and int32 [B] -> [B H W C] (or 2C: see variance), called
+            once a step (heun: twice). A plain function is static, cached by identity: define it once.
+            ``jax.tree_util.Partial(f, params)`` passes its leaves as arguments.
         schedule: the noise schedule.
         x_T: the start, float32 [B H W C]: standard normal noise. Its sharding is that of the chain.
         key: one key, or B keys, one an image; then image i depends on x_T[i] and key[i] alone. A step's noise is drawn
@@ -99,7 +99,7 @@ def sample(
         denoise_fn if isinstance(denoise_fn, Partial) else Partial(denoise_fn),
         schedule,
         x_T,
-        _checked_key(key, x_T.shape[0]),
+        checked_key(key, x_T.shape[0]),
         jnp.asarray(t),
         jnp.asarray(t_prev),
         jnp.asarray(eta, jnp.float32),
@@ -148,7 +148,7 @@ def _run_chain(
                 Trajectory(now, x_t, guess.x0_hat),
             )
         t_last = t[jnp.maximum(i - 1, 0)]
-        noise = functools.partial(_noise, key, now, x_t)
+        noise = functools.partial(noise_at, key, now, x_t)
         moment = Moment(schedule, x_t, now, t_prev[i], guess, x0_hat_last, t_last, guess_at, noise, eta, variance)
         x_prev = STEPS[method](moment)
         tell(listener, i)
@@ -185,7 +185,7 @@ def _trajectory_shapes(x_T: jax.Array) -> list[tuple[tuple[int, ...], Any]]:
     return [((), jnp.int32), (x_T.shape, jnp.float32), (x_T.shape, jnp.float32)]
 
 
-def _noise(key: jax.Array, t: jax.Array, x: jax.Array) -> jax.Array:
+def noise_at(key: jax.Array, t: jax.Array, x: jax.Array) -> jax.Array:
     """Standard normal noise shaped as x, from one key or from one key an image."""
     if key.ndim == 0:
         return jax.random.normal(jax.random.fold_in(key, t), x.shape, x.dtype)
@@ -243,7 +243,8 @@ def checked_plan(
     return t, t_prev
 
 
-def _checked_key(key: jax.Array, num_images: int) -> jax.Array:
+def checked_key(key: jax.Array, num_images: int) -> jax.Array:
+    """One key, or one an image; raw key data are wrapped."""
     if getattr(key, "dtype", None) == jnp.uint32:
         key = jax.random.wrap_key_data(key)
     if not hasattr(key, "dtype") or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):

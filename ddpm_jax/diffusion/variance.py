@@ -32,8 +32,7 @@ def model_log_variance(
         t_prev: int32 like t, -1 .. t-1.
         variance_output: the second half of the network's channels, shaped as x_t; for "learned".
     """
-    if variance not in VARIANCES:
-        raise ValueError(f"sampling.variance={variance!r}: choose one of {', '.join(VARIANCES)}")
+    check_variance(variance, variance_output is not None)
     now, prev = rates(schedule, t, x_t), rates(schedule, t_prev, x_t)
     _, small = posterior_variance(schedule, x_t, t, t_prev)
     if variance == "fixed_small":
@@ -41,13 +40,20 @@ def model_log_variance(
     large = jnp.log(beta_between(now, prev))
     if variance == "fixed_large":
         return jnp.where(prev.noise_level > 0, large, small)
-    if variance_output is None:
-        raise ValueError(
-            "sampling.variance='learned': the network has no output for it; train with diffusion.learned_variance, "
-            "or use fixed_small"
-        )
+    assert variance_output is not None
     v = (variance_output + 1) / 2
     return v * large + (1 - v) * small
+
+
+def check_variance(variance: str, learned: bool) -> None:
+    """Raises ValueError for an unknown variance, or for "learned" where the network has learned none."""
+    if variance not in VARIANCES:
+        raise ValueError(f"sampling.variance={variance!r}: choose one of {', '.join(VARIANCES)}")
+    if variance == "learned" and not learned:
+        raise ValueError(
+            "sampling.variance='learned': the network has no output for it; train one with diffusion.learned_variance, "
+            "or use fixed_small"
+        )
 
 
 def split_output(output: jax.Array, x_t: jax.Array) -> tuple[jax.Array, jax.Array | None]:
