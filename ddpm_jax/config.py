@@ -348,9 +348,3 @@ def from_dict(values: dict[str, Any]) -> Config:
         owner = get(config, section) if section else config
         setattr(owner, name, tuple(value) if isinstance(value, list) else value)
     return config
-
-
-def differences(a: Config, b: Config, fields: list[str]) -> list[str]:
-    """One line for each of the fields in which two configs differ: "model.dropout: 0.1 != 0.0"."""
-    pairs = ((field, get(a, field), get(b, field)) for field in fields)
-    return [f"{field}: {brief(one)} != {brief(other)}" for field, one, other in pairs if one != other]

@@ -17,6 +17,7 @@ from jax.tree_util import Partial
 from ddpm_jax import config as config_lib
 from ddpm_jax import diffusion, images, models, training
 from ddpm_jax.config import Config, ConfigError
+from ddpm_jax.fields import differences
 
 # Two runs that differ here do not have the same parameters, or do not mean the same by them.
 IDENTITY_FIELDS = [
@@ -292,10 +293,10 @@ def check_workdir(workdir: str, config: Config) -> None:
     checkpoints = epath.Path(workdir) / "checkpoints"
     if existing is None or not checkpoints.exists() or not any(checkpoints.iterdir()):
         return
-    changed = config_lib.differences(existing, config, ["seed", "train.batch_size", "data.source", "data.split"])
+    changed = differences(existing, config, ["seed", "train.batch_size", "data.source", "data.split"])
     if changed:
         warnings.warn(f"{workdir} continues with other batches than it began with ({'; '.join(changed)})", stacklevel=2)
-    differing = config_lib.differences(existing, config, IDENTITY_FIELDS)
+    differing = differences(existing, config, IDENTITY_FIELDS)
     if differing:
         raise RunError(
             f"{workdir} holds a run of another model or diffusion ({'; '.join(differing)}); "

@@ -6,8 +6,9 @@ import warnings
 import pytest
 
 from ddpm_jax import config as config_lib
-from ddpm_jax.config import Config, ConfigError, differences, field_names, from_dict, nearest_field, to_dict, validate
+from ddpm_jax.config import Config, ConfigError, field_names, from_dict, nearest_field, to_dict, validate
 from ddpm_jax.diffusion import ScheduleWarning
+from ddpm_jax.fields import differences
 
 # What scripts rely on, as the project's first issue lists it.
 PROMISED = {
