@@ -69,7 +69,8 @@ class DiffusionConfig:
     rescale_zero_snr: bool = False  # the chain ends in pure noise
     prediction: str = "eps"  # eps, x0 or v
     loss: str = "l2"  # l1, l2 or huber
-    loss_weight: str = "uniform"  # or min_snr
+    loss_weight: str = "uniform"  # uniform, min_snr or p2
+    learned_variance: bool = False  # twice the output channels; sampled with sampling.variance=learned
 
 
 @dataclasses.dataclass(slots=True)
@@ -105,15 +106,17 @@ class TrainConfig:
 class SamplingConfig:
     """Arguments of ``diffusion.sample``; the programs' flags override them."""
 
-    method: str = "ddim"  # or ddpm
+    method: str = "ddim"  # ddim, ddpm, dpm++ or heun
     num_steps: int = 50
     eta: float = 0.0
     spacing: str = "leading"
     steps_offset: int = 0  # of leading
     end: str = "clean"  # or first: ddim stops at the noise level of t = 0
-    variance: str = "fixed_small"  # or fixed_large
+    variance: str = "fixed_small"  # fixed_small, fixed_large or learned
     clip_x0: bool = True
     clip_range: float = 1.0  # clip to [-clip_range, clip_range]
+    dynamic_threshold: float = 0.0  # clip at this quantile of |x0_hat| of each image and scale back; 0 is off
+    max_threshold: float = 0.0  # cap of what that clips at, in units of the clip bounds; 0 is none
     rederive_eps: bool = True
     guidance: float = 1.0  # out = out_null + guidance (out_label - out_null)
 
@@ -189,8 +192,9 @@ _NOT_NEGATIVE = [
     "train.keep_every",
     "sampling.steps_offset",
     "sampling.guidance",
+    "sampling.max_threshold",
 ]
-_SHARES = ["model.dropout", "model.label_dropout", "optimizer.ema_decay"]  # in [0, 1)
+_SHARES = ["model.dropout", "model.label_dropout", "optimizer.ema_decay", "sampling.dynamic_threshold"]  # in [0, 1)
 
 
 def field_names() -> list[str]:
@@ -288,6 +292,8 @@ def _check_chains(config: Config) -> None:
     try:
         betas = diffusion.schedule_betas(settings.schedule, **schedule_options(settings))
         t, _ = diffusion.timestep_plan(settings.num_timesteps, sampling.num_steps, **plan_options(sampling))
+        diffusion.check_variance(sampling.variance, settings.learned_variance)
+        diffusion.check_thresholds(sampling.clip_x0, sampling.dynamic_threshold or None, sampling.max_threshold or None)
     except ValueError as error:
         raise ConfigError(f"config.{error}") from None
     if betas[-1] == 1:
@@ -342,9 +348,3 @@ def from_dict(values: dict[str, Any]) -> Config:
         owner = get(config, section) if section else config
         setattr(owner, name, tuple(value) if isinstance(value, list) else value)
     return config
-
-
-def differences(a: Config, b: Config, fields: list[str]) -> list[str]:
-    """One line for each of the fields in which two configs differ: "model.dropout: 0.1 != 0.0"."""
-    pairs = ((field, get(a, field), get(b, field)) for field in fields)
-    return [f"{field}: {brief(one)} != {brief(other)}" for field, one, other in pairs if one != other]

@@ -17,6 +17,7 @@ from jax.tree_util import Partial
 from ddpm_jax import config as config_lib
 from ddpm_jax import diffusion, images, models, training
 from ddpm_jax.config import Config, ConfigError
+from ddpm_jax.fields import differences
 
 # Two runs that differ here do not have the same parameters, or do not mean the same by them.
 IDENTITY_FIELDS = [
@@ -67,7 +68,8 @@ def make_model(config: Config) -> models.Network:
     if "attention" in accepted:
         _check_attention(config)
     values = {name: config_lib.get(config, field) for field, name in settings.items()}
-    values |= {"out_channels": config.data.channels, "dtype": compute_dtype(config)}
+    out_channels = config.data.channels * (2 if config.diffusion.learned_variance else 1)
+    values |= {"out_channels": out_channels, "dtype": compute_dtype(config)}
     return network(**{name: x for name, x in values.items() if name in accepted and x is not None})
 
 
@@ -122,10 +124,13 @@ def make_loss_fn(config: Config, model: models.Network, schedule: diffusion.Sche
         if config.model.num_classes:
             label = jnp.where(unlabelled, config.model.num_classes, batch["label"])
         rngs = {"dropout": dropout_keys[0]}  # Linen draws one mask for the whole batch
-        output: Any = model.apply({"params": params}, x_t, t, label, train=True, rngs=rngs)
+        applied: Any = model.apply({"params": params}, x_t, t, label, train=True, rngs=rngs)
+        output, variance_output = diffusion.split_output(applied, x_t)
         target = diffusion.target(settings.prediction, schedule, x0, eps, t)
         losses = diffusion.loss(settings.loss, output, target)
         losses *= diffusion.weight(settings.loss_weight, settings.prediction, schedule, t)
+        if variance_output is not None:
+            losses += diffusion.variance_loss(schedule, settings.prediction, output, variance_output, x0, x_t, t)
         quarter = jax.nn.one_hot(4 * t // num_timesteps, 4)
         return losses.mean(), {"loss_sums": (losses[:, None] * quarter).sum(0), "loss_counts": quarter.sum(0)}
 
@@ -195,6 +200,8 @@ def sampling_options(config: Config) -> dict[str, Any]:
         "variance": settings.variance,
         "prediction": config.diffusion.prediction,
         "clip_x0": (-settings.clip_range, settings.clip_range) if settings.clip_x0 else False,
+        "dynamic_threshold": settings.dynamic_threshold or None,
+        "max_threshold": settings.max_threshold or None,
         "rederive_eps": settings.rederive_eps,
     }
 
@@ -286,10 +293,10 @@ def check_workdir(workdir: str, config: Config) -> None:
     checkpoints = epath.Path(workdir) / "checkpoints"
     if existing is None or not checkpoints.exists() or not any(checkpoints.iterdir()):
         return
-    changed = config_lib.differences(existing, config, ["seed", "train.batch_size", "data.source", "data.split"])
+    changed = differences(existing, config, ["seed", "train.batch_size", "data.source", "data.split"])
     if changed:
         warnings.warn(f"{workdir} continues with other batches than it began with ({'; '.join(changed)})", stacklevel=2)
-    differing = config_lib.differences(existing, config, IDENTITY_FIELDS)
+    differing = differences(existing, config, IDENTITY_FIELDS)
     if differing:
         raise RunError(
             f"{workdir} holds a run of another model or diffusion ({'; '.join(differing)}); "

@@ -65,6 +65,12 @@ def brief(value: Any) -> str:
     return repr(value)
 
 
+def differences(a: Any, b: Any, fields: list[str]) -> list[str]:
+    """One line for each of the fields in which two objects differ: "model.dropout: 0.1 != 0.0"."""
+    pairs = ((field, get(a, field), get(b, field)) for field in fields)
+    return [f"{field}: {brief(one)} != {brief(other)}" for field, one, other in pairs if one != other]
+
+
 def _type_of(cls: Any, field: str) -> Any:
     for name in field.split("."):
         cls = typing.get_type_hints(cls)[name]

@@ -48,7 +48,7 @@ def draw(
     parts = []
     for x_T, keys, labels in _batches(config, mesh, num_images, seed, batch_size, label):
         x0 = diffusion.sample(experiment.conditioned(denoise_fn, config, labels), schedule, x_T, keys, **options)
-        parts.append(_fetch(images.to_uint8(x0)))
+        parts.append(fetch(images.to_uint8(x0)))
     return np.concatenate(parts)[:num_images]
 
 
@@ -71,7 +71,7 @@ def draw_chain(
         experiment.conditioned(denoise_fn, config, labels), schedule, x_T, keys, trajectory=num_frames, **options
     )
     frames = images.to_uint8(jnp.concatenate([trajectory.x_t, x0[None]]))
-    return np.asarray(_fetch(frames)[:, :num_images])
+    return np.asarray(fetch(frames)[:, :num_images])
 
 
 def num_batches(num_images: int, batch_size: int | None, mesh: Mesh) -> int:
@@ -109,6 +109,6 @@ def _start(key: jax.Array, numbers: jax.Array, shape: tuple[int, ...]) -> tuple[
     return jax.vmap(one)(numbers)
 
 
-def _fetch(x: jax.Array) -> Any:
+def fetch(x: jax.Array) -> Any:
     """The whole array on the host, also where other processes hold parts of it."""
     return jax.device_get(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)

@@ -30,6 +30,8 @@ _SAMPLING_FLAGS = [
     "variance",
     "clip_x0",
     "clip_range",
+    "dynamic_threshold",
+    "max_threshold",
     "rederive_eps",
     "guidance",
 ]
@@ -47,15 +49,17 @@ def define_flags() -> None:
     flags.DEFINE_integer("step", None, "Checkpoint; the newest where left out.")
     flags.DEFINE_enum("weights", "ema", ["ema", "raw"], "The average of the parameters, or the last ones.")
     flags.DEFINE_integer("label", None, "Class of all images; where left out the classes take turns.")
-    flags.DEFINE_string("method", None, "ddim or ddpm.")
-    flags.DEFINE_integer("num_steps", None, "Network calls.")
+    flags.DEFINE_string("method", None, "ddim, ddpm, dpm++ or heun.")
+    flags.DEFINE_integer("num_steps", None, "Steps of the chain: as many network calls, or 2 S - 1 for heun.")
     flags.DEFINE_float("eta", None, "Noise of ddim, 0 .. 1.")
     flags.DEFINE_string("spacing", None, "leading, trailing, linspace or quadratic.")
     flags.DEFINE_integer("steps_offset", None, "Added to the timesteps of the spacing leading.")
     flags.DEFINE_string("end", None, "clean, or first: ddim stops at the noise level of t = 0.")
-    flags.DEFINE_string("variance", None, "Of ddpm: fixed_small or fixed_large.")
+    flags.DEFINE_string("variance", None, "Of ddpm: fixed_small, fixed_large or learned.")
     flags.DEFINE_bool("clip_x0", None, "Clip predicted images to [-clip_range, clip_range].")
     flags.DEFINE_float("clip_range", None, "Of clip_x0; images lie in [-1, 1].")
+    flags.DEFINE_float("dynamic_threshold", None, "Clip at this quantile of each image and scale back; 0 is off.")
+    flags.DEFINE_float("max_threshold", None, "Cap of what dynamic_threshold clips at; 0 is none.")
     flags.DEFINE_bool("rederive_eps", None, "After clipping, take the noise from the clipped image.")
     flags.DEFINE_float("guidance", None, "out_null + guidance (out_label - out_null); 1 is none.")
 

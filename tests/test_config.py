@@ -6,8 +6,9 @@ import warnings
 import pytest
 
 from ddpm_jax import config as config_lib
-from ddpm_jax.config import Config, ConfigError, differences, field_names, from_dict, nearest_field, to_dict, validate
+from ddpm_jax.config import Config, ConfigError, field_names, from_dict, nearest_field, to_dict, validate
 from ddpm_jax.diffusion import ScheduleWarning
+from ddpm_jax.fields import differences
 
 # What scripts rely on, as the project's first issue lists it.
 PROMISED = {
@@ -119,11 +120,16 @@ def test_a_missing_field_takes_its_default_and_an_unknown_one_is_named():
         ({"optimizer.grad_clip_norm": -1.0}, "not be negative"),
         ({"optimizer.ema_start": -1}, "not be negative"),
         ({"train.keep_every": -1}, "not be negative"),
+        ({"sampling.variance": "learned"}, "diffusion.learned_variance"),
         ({"sampling.guidance": -1.0}, "not be negative"),
         ({"sampling.steps_offset": -1}, "not be negative"),
         ({"sampling.clip_range": 0.0}, "positive"),
         ({"diffusion.beta_start": 0.0}, r"must lie in \(0, 1\)"),
         ({"diffusion.beta_end": 1.5}, r"must lie in \(0, 1\)"),
+        ({"sampling.dynamic_threshold": 1.0}, r"\[0, 1\)"),
+        ({"sampling.dynamic_threshold": 0.9, "sampling.clip_x0": False}, "switch it on"),
+        ({"sampling.max_threshold": 2.0}, "set that too"),
+        ({"sampling.dynamic_threshold": 0.9, "sampling.max_threshold": 1.0}, "must exceed 1"),
         ({"model.dropout": 1.0}, r"\[0, 1\)"),
         ({"model.label_dropout": -0.1}, r"\[0, 1\)"),
         ({"optimizer.ema_decay": 1.0}, r"\[0, 1\)"),

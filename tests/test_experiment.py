@@ -98,6 +98,23 @@ def test_the_loss_is_the_formula_s(prediction, weighting):
     np.testing.assert_allclose(sums["loss_sums"], quarters, rtol=2e-3)
 
 
+def test_a_learned_variance_adds_its_own_loss_and_channels():
+    settings = DiffusionConfig(num_timesteps=30, prediction="v", learned_variance=True)
+    config = tiny(diffusion=settings)
+    answer = np.random.default_rng(1).uniform(-1, 1, (16, SIZE, SIZE, 2)).astype(np.float32)
+    call, loss, _ = ask(config, 16, answer=answer)
+    settings.learned_variance = False
+    _, simple, _ = ask(config, 16, answer=answer[..., :1])
+    schedule, x0 = experiment.make_schedule(config), jnp.asarray(images_of(16) / 127.5 - 1, jnp.float32)
+    output, variance_output = jnp.split(jnp.asarray(answer), 2, axis=-1)
+    added = diffusion.variance_loss(schedule, "v", output, variance_output, x0, call["x_t"], call["t"])
+    assert loss == pytest.approx(simple + float(added.mean()), rel=1e-5)
+    settings.learned_variance = True
+    model = experiment.make_model(config)
+    params = experiment.make_init_fn(config, model)(jax.random.key(0))
+    assert experiment.make_denoise_fn(model, params)(x0, call["t"]).shape == (16, SIZE, SIZE, 2)
+
+
 def test_an_example_s_draw_depends_on_its_own_key():
     spy, config = Spy(), tiny()
     loss_fn = experiment.make_loss_fn(config, spy, experiment.make_schedule(config))

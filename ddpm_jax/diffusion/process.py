@@ -45,10 +45,18 @@ def posterior(
     mean = (
         prev.signal * beta / now.noise_level * x0 + now.signal / prev.signal * prev.noise_level / now.noise_level * x_t
     )
-    variance = prev.noise_level / now.noise_level * beta
+    return mean, *posterior_variance(schedule, x_t, t, t_prev)
+
+
+def posterior_variance(
+    schedule: Schedule, x_t: jax.Array, t: jax.Array, t_prev: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(variance, log_variance) of ``posterior``, which do not depend on x0; they broadcast against x_t."""
+    now, prev = rates(schedule, t, x_t), rates(schedule, t_prev, x_t)
+    variance = prev.noise_level / now.noise_level * beta_between(now, prev)
     levels = schedule.noise_levels
     floor = levels[0] / levels[1] * schedule.betas[1] if schedule.num_timesteps > 1 else 1e-20
-    return mean, variance, jnp.log(jnp.where(variance == 0, floor, variance))
+    return variance, jnp.log(jnp.where(variance == 0, floor, variance))
 
 
 def x0_from(prediction: str, schedule: Schedule, output: jax.Array, x_t: jax.Array, t: jax.Array) -> jax.Array:

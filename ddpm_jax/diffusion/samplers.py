@@ -1,7 +1,6 @@
-"""The reverse process: one step of DDPM or DDIM, and the one lax.scan that runs either."""
+"""The reverse process: the one lax.scan that runs any method, and what it is asked for."""
 
 import functools
-import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from ddpm_jax.diffusion.process import PREDICTIONS, eps_from, posterior, x0_from
-from ddpm_jax.diffusion.schedule import Schedule, ScheduleWarning, beta_between, rates
+from ddpm_jax.diffusion.clipping import Clip, clipped, make_clip
+from ddpm_jax.diffusion.listening import run_with_listener, tell
+from ddpm_jax.diffusion.process import PREDICTIONS, eps_from, x0_from
+from ddpm_jax.diffusion.schedule import Schedule, ScheduleWarning
 from ddpm_jax.diffusion.spacing import spaced
-
-METHODS = ("ddim", "ddpm")
-VARIANCES = ("fixed_small", "fixed_large")
+from ddpm_jax.diffusion.steps import METHODS, STEPS, Guess, Moment
+from ddpm_jax.diffusion.variance import VARIANCES, split_output
 
 
 class Trajectory(NamedTuple):
@@ -25,73 +25,6 @@ class Trajectory(NamedTuple):
     t: jax.Array  # int32 [K]
     x_t: jax.Array  # [K B H W C]
     x0_hat: jax.Array  # [K B H W C], clipped where the chain clips
-
-
-def ddpm_step(
-    schedule: Schedule,
-    x0_hat: jax.Array,
-    x_t: jax.Array,
-    t: jax.Array,
-    t_prev: jax.Array,
-    noise: jax.Array,
-    *,
-    variance: str = "fixed_small",
-) -> jax.Array:
-    """x_prev ~ N(posterior mean of (x0_hat, x_t), sigma^2)  (Ho et al. 2020, algorithm 2; ancestral sampling).
-
-    fixed_small: sigma^2 = (1 - alpha_bar_prev) / (1 - alpha_bar_t) beta, the posterior's variance.
-    fixed_large: sigma^2 = beta = 1 - alpha_bar_t / alpha_bar_prev; what Ho et al. used for CIFAR-10.
-    No noise is added in the step to clean data, t_prev = -1.
-
-    Args:
-        schedule: the noise schedule.
-        x0_hat: predicted clean images [B ...].
-        x_t: noisy images, shaped as x0_hat.
-        t: int32 [] or [B], 0 .. T-1.
-        t_prev: int32 like t, -1 .. t-1.
-        noise: standard normal, shaped as x_t.
-        variance: "fixed_small" or "fixed_large".
-    """
-    if variance not in VARIANCES:
-        raise ValueError(f"sampling.variance={variance!r}: choose one of {', '.join(VARIANCES)}")
-    mean, small, _ = posterior(schedule, x0_hat, x_t, t, t_prev)
-    if variance == "fixed_small":
-        return mean + jnp.sqrt(small) * noise
-    prev = rates(schedule, t_prev, x_t)
-    large = jnp.where(prev.noise_level > 0, beta_between(rates(schedule, t, x_t), prev), 0.0)
-    return mean + jnp.sqrt(large) * noise
-
-
-def ddim_step(
-    schedule: Schedule,
-    x0_hat: jax.Array,
-    eps_hat: jax.Array,
-    t: jax.Array,
-    t_prev: jax.Array,
-    noise: jax.Array,
-    *,
-    eta: float | jax.Array = 0.0,
-) -> jax.Array:
-    """x_prev = sqrt(alpha_bar_prev) x0_hat + sqrt(1 - alpha_bar_prev - sigma^2) eps_hat + sigma noise.
-
-    sigma = eta sqrt((1 - alpha_bar_prev) / (1 - alpha_bar_t)) sqrt(1 - alpha_bar_t / alpha_bar_prev)
-    (Song et al. 2021, eq. 12 and 16). eta = 0 is deterministic, eta = 1 is DDPM with ``fixed_small``.
-
-    Args:
-        schedule: the noise schedule.
-        x0_hat: predicted clean images [B ...].
-        eps_hat: predicted noise, shaped as x0_hat.
-        t: int32 [] or [B], 0 .. T-1.
-        t_prev: int32 like t, -1 .. t-1.
-        noise: standard normal, shaped as x0_hat.
-        eta: 0 .. 1.
-    """
-    now, prev = rates(schedule, t, x0_hat), rates(schedule, t_prev, x0_hat)
-    sigma2 = eta**2 * prev.noise_level / now.noise_level * beta_between(now, prev)
-    # 1 - alpha_bar_prev - sigma^2 as a sum of positive terms: the difference cancels on long steps with eta = 1.
-    kept = now.alpha_bar / prev.alpha_bar * prev.noise_level / now.noise_level
-    direction = jnp.sqrt(prev.noise_level * (1 - eta**2 + eta**2 * kept))
-    return prev.signal * x0_hat + direction * eps_hat + jnp.sqrt(sigma2) * noise
 
 
 def sample(
@@ -108,6 +41,8 @@ def sample(
     variance: str = "fixed_small",
     prediction: str = "eps",
     clip_x0: bool | tuple[Any, Any] = True,
+    dynamic_threshold: float | None = None,
+    max_threshold: float | None = None,
     rederive_eps: bool = True,
     trajectory: int = 0,
     on_step: Callable[[int], object] | None = None,
@@ -119,22 +54,27 @@ def sample(
     arguments of the program.
 
     Args:
-        denoise_fn: ``denoise_fn(x_t, t)``, [B H W C] float32 and int32 [B] -> [B H W C], called once a step. A plain
-            function is static, cached by identity: define it once. ``jax.tree_util.Partial(f, params)`` passes its
-            leaves as arguments.
+        denoise_fn: ``denoise_fn(x_t, t)``, [B H W C] float32 and int32 [B] -> [B H W C] (or 2C: see variance), called
+            once a step (heun: twice). A plain function is static, cached by identity: define it once.
+            ``jax.tree_util.Partial(f, params)`` passes its leaves as arguments.
         schedule: the noise schedule.
         x_T: the start, float32 [B H W C]: standard normal noise. Its sharding is that of the chain.
         key: one key, or B keys, one an image; then image i depends on x_T[i] and key[i] alone. A step's noise is drawn
             from ``fold_in(key, t)``, so two chains with the same key meet the same noise at the same t.
-        method: "ddim" or "ddpm" (ancestral sampling).
-        num_steps: S, network calls.
+        method: "ddim", "ddpm" (ancestral sampling), or, of second order and without noise, "dpm++" (DPM-Solver++ 2M)
+            or "heun". A dpm++ chain begins with a first-order step, so that one cut in two is not the whole.
+        num_steps: S. Network calls too, but for heun: its S steps to clean data are 2 S - 1 calls.
         spacing: which timesteps, see ``timestep_plan``.
         plan: ``(t, t_prev)``, int [S] each, in place of num_steps and spacing; t_prev < t (or t_prev = t = 0), -1 is
             clean data. The last t_prev need not be -1: the chain then stops at that noise level.
         eta: 0 .. 1, the noise of DDIM; 0 ignores the key. Other methods have none and refuse it.
-        variance: "fixed_small" or "fixed_large", for DDPM.
+        variance: "fixed_small", "fixed_large" or "learned", for DDPM. The last needs a network with twice the
+            channels of the images, whose second half it is; every other method leaves that half alone.
         prediction: what the network predicts: "eps", "x0" or "v".
         clip_x0: clip x0_hat to [-1, 1] (True), to a pair of bounds that broadcast against x_T, or not at all (False).
+        dynamic_threshold: q in (0, 1]: the bounds of clip_x0 move out to the q-quantile of |x0_hat| of each image, and
+            x0_hat is scaled back (Saharia et al. 2022; their q is 0.995). See ``threshold``.
+        max_threshold: a cap of how far they move, in units of the bounds, > 1; None is none.
         rederive_eps: DDIM takes eps_hat from the clipped x0_hat, so that x_t stays consistent with both; False keeps
             the network's own eps, as diffusers does by default.
         trajectory: K > 0 also returns K evenly chosen steps of the chain; the first among them, and the last if K > 1.
@@ -148,7 +88,7 @@ def sample(
         ValueError: an argument is out of range or does not fit the others; the message names it and the remedy.
     """
     _check_choices(method, eta, variance, prediction)
-    t, t_prev = _checked_plan(schedule, num_steps, spacing, plan)
+    t, t_prev = checked_plan(schedule, num_steps, spacing, plan)
     if not 0 <= trajectory <= len(t):
         raise ValueError(f"trajectory={trajectory}: must lie in 0 .. {len(t)}, the number of steps")
     x_T = jnp.asarray(x_T, jnp.float32)
@@ -159,18 +99,18 @@ def sample(
         denoise_fn if isinstance(denoise_fn, Partial) else Partial(denoise_fn),
         schedule,
         x_T,
-        _checked_key(key, x_T.shape[0]),
+        checked_key(key, x_T.shape[0]),
         jnp.asarray(t),
         jnp.asarray(t_prev),
         jnp.asarray(eta, jnp.float32),
-        _checked_bounds(clip_x0, x_T.shape),
+        make_clip(clip_x0, dynamic_threshold, max_threshold, x_T.shape),
         kept=tuple(np.round(np.linspace(0, len(t) - 1, trajectory)).astype(int).tolist()),
         method=method,
         variance=variance,
         prediction=prediction,
         rederive_eps=rederive_eps,
     )
-    x0, kept = run(listener=None) if on_step is None else _run_with_listener(run, on_step)
+    x0, kept = run(listener=None) if on_step is None else run_with_listener(run, on_step)
     return (x0, kept) if trajectory else x0
 
 
@@ -183,7 +123,7 @@ def _run_chain(
     t: jax.Array,
     t_prev: jax.Array,
     eta: jax.Array,
-    bounds: tuple[Any, Any] | None,
+    clip: Clip | None,
     *,
     listener: jax.Array | None,
     kept: tuple[int, ...],
@@ -195,44 +135,57 @@ def _run_chain(
     """The compiled chain; ``kept`` lists the steps that the trajectory keeps."""
     slots = np.full(t.shape[0], len(kept), np.int32)  # one past the end: scattered to nowhere
     slots[list(kept)] = np.arange(len(kept))
+    guess_at = functools.partial(_guess, denoise_fn, schedule, prediction, clip, rederive_eps)
 
-    def step(carry: tuple[jax.Array, Trajectory], i: jax.Array) -> tuple[tuple[jax.Array, Trajectory], None]:
-        x_t, trajectory = carry
-        now, prev = t[i], t_prev[i]
-        output = denoise_fn(x_t, jnp.full(x_t.shape[:1], now)).astype(jnp.float32)
-        if output.shape != x_t.shape:
-            raise ValueError(f"denoise_fn: returned {output.shape} for images {x_t.shape}; the two must be alike")
-        x0_hat = x0_from(prediction, schedule, output, x_t, now)
-        if bounds is not None:
-            x0_hat = jnp.clip(x0_hat, *bounds)
+    def step(carry: tuple[jax.Array, jax.Array, Trajectory], i: jax.Array) -> tuple[Any, None]:
+        x_t, x0_hat_last, trajectory = carry
+        now = t[i]
+        guess = guess_at(x_t, now)
         if kept:
             trajectory = jax.tree.map(
                 lambda all_steps, this: all_steps.at[jnp.asarray(slots)[i]].set(this, mode="drop"),
                 trajectory,
-                Trajectory(now, x_t, x0_hat),
+                Trajectory(now, x_t, guess.x0_hat),
             )
-        noise = _noise(key, now, x_t)
-        if method == "ddpm":
-            x_prev = ddpm_step(schedule, x0_hat, x_t, now, prev, noise, variance=variance)
-        else:
-            # Without clipping the two are the same number, and the network's own is the better conditioned.
-            source = ("x0", x0_hat) if rederive_eps and bounds is not None else (prediction, output)
-            eps_hat = eps_from(source[0], schedule, source[1], x_t, now)
-            x_prev = ddim_step(schedule, x0_hat, eps_hat, now, prev, noise, eta=eta)
-        if listener is not None:
-            jax.debug.callback(_tell_listener, listener, i)
-        return (x_prev, trajectory), None
+        t_last = t[jnp.maximum(i - 1, 0)]
+        noise = functools.partial(noise_at, key, now, x_t)
+        moment = Moment(schedule, x_t, now, t_prev[i], guess, x0_hat_last, t_last, guess_at, noise, eta, variance)
+        x_prev = STEPS[method](moment)
+        tell(listener, i)
+        return (x_prev, guess.x0_hat, trajectory), None
 
     empty = Trajectory(*(jnp.zeros((len(kept), *shape), dtype) for shape, dtype in _trajectory_shapes(x_T)))
-    (x0, trajectory), _ = jax.lax.scan(step, (x_T, empty), jnp.arange(t.shape[0]))
+    (x0, _, trajectory), _ = jax.lax.scan(step, (x_T, jnp.zeros_like(x_T), empty), jnp.arange(t.shape[0]))
     return x0, trajectory
+
+
+def _guess(
+    denoise_fn: Partial,
+    schedule: Schedule,
+    prediction: str,
+    clip: Clip | None,
+    rederive_eps: bool,
+    x_t: jax.Array,
+    t: jax.Array,
+) -> Guess:
+    """One network call, and what it says."""
+    output, variance_output = network_output(denoise_fn, x_t, t)
+    x0_hat = clipped(x0_from(prediction, schedule, output, x_t, t), clip)
+    # Without clipping the two are the same number, and the network's own is the better conditioned.
+    source = ("x0", x0_hat) if rederive_eps and clip is not None else (prediction, output)
+    return Guess(x0_hat, eps_from(source[0], schedule, source[1], x_t, t), variance_output)
+
+
+def network_output(denoise_fn: Partial, x_t: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """One network call at one level for the whole batch: float32, in the halves that ``split_output`` tells apart."""
+    return split_output(denoise_fn(x_t, jnp.full(x_t.shape[:1], t)).astype(jnp.float32), x_t)
 
 
 def _trajectory_shapes(x_T: jax.Array) -> list[tuple[tuple[int, ...], Any]]:
     return [((), jnp.int32), (x_T.shape, jnp.float32), (x_T.shape, jnp.float32)]
 
 
-def _noise(key: jax.Array, t: jax.Array, x: jax.Array) -> jax.Array:
+def noise_at(key: jax.Array, t: jax.Array, x: jax.Array) -> jax.Array:
     """Standard normal noise shaped as x, from one key or from one key an image."""
     if key.ndim == 0:
         return jax.random.normal(jax.random.fold_in(key, t), x.shape, x.dtype)
@@ -257,9 +210,10 @@ def _check_choices(method: str, eta: float | jax.Array, variance: str, predictio
         raise ValueError(f"sampling.eta={eta}: method {method!r} has no eta; leave it at 0 or use method 'ddim'")
 
 
-def _checked_plan(
+def checked_plan(
     schedule: Schedule, num_steps: int, spacing: str, plan: tuple[np.ndarray, np.ndarray] | None
 ) -> tuple[np.ndarray, np.ndarray]:
+    """(t, t_prev), int32 [S], of a chain on a schedule; warnings point at the caller's caller."""
     num_timesteps = schedule.num_timesteps
     if plan is None:
         return spaced(num_timesteps, num_steps, spacing, stacklevel=4)
@@ -289,28 +243,8 @@ def _checked_plan(
     return t, t_prev
 
 
-def _checked_bounds(clip_x0: Any, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array] | None:
-    """Float32 arrays, so that no number or array of another type compiles the chain again."""
-    if isinstance(clip_x0, bool | np.bool_):
-        clip_x0 = (-1.0, 1.0) if clip_x0 else None
-    if clip_x0 is None:
-        return None
-    if not isinstance(clip_x0, tuple | list) or len(clip_x0) != 2:
-        raise ValueError(f"clip_x0={clip_x0!r}: must be a bool or a pair of bounds")
-    low, high = (jnp.asarray(bound, jnp.float32) for bound in clip_x0)
-    for bound in (low, high):
-        if np.broadcast_shapes(bound.shape, shape) != shape:
-            raise ValueError(f"clip_x0: a bound of shape {bound.shape} does not broadcast to the images {shape}")
-    if (
-        not isinstance(low, jax.core.Tracer)
-        and not isinstance(high, jax.core.Tracer)
-        and not bool(jnp.all(low <= high))
-    ):
-        raise ValueError(f"clip_x0={clip_x0!r}: the lower bound comes first")
-    return low, high
-
-
-def _checked_key(key: jax.Array, num_images: int) -> jax.Array:
+def checked_key(key: jax.Array, num_images: int) -> jax.Array:
+    """One key, or one an image; raw key data are wrapped."""
     if getattr(key, "dtype", None) == jnp.uint32:
         key = jax.random.wrap_key_data(key)
     if not hasattr(key, "dtype") or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
@@ -318,26 +252,3 @@ def _checked_key(key: jax.Array, num_images: int) -> jax.Array:
     if key.shape not in ((), (num_images,)):
         raise ValueError(f"key: shape {key.shape}; give one key, or {num_images} keys, one an image")
     return key
-
-
-# on_step is looked up by number when a step ends: as a static argument every new progress bar would compile the chain
-# again.
-_listeners: dict[int, Callable[[int], object]] = {}
-_listener_numbers = itertools.count()
-
-
-def _run_with_listener(run: Callable[..., Any], on_step: Callable[[int], object]) -> Any:
-    number = next(_listener_numbers)
-    _listeners[number] = on_step
-    try:
-        result = jax.block_until_ready(run(listener=jnp.int32(number)))
-        jax.effects_barrier()
-        return result
-    finally:
-        del _listeners[number]
-
-
-def _tell_listener(number: np.ndarray, i: np.ndarray) -> None:
-    on_step = _listeners.get(int(number))
-    if on_step is not None:
-        on_step(int(i))

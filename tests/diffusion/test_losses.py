@@ -89,17 +89,30 @@ def test_weights_follow_their_formula_at_every_t(name, prediction):
     assert (uniform == 1).all()
     snr = ab / (1 - ab)
     divisor = {"eps": snr, "x0": 1.0, "v": snr + 1}[prediction]  # Hang et al. 2023, section 3.4
-    found = diffusion.weight("min_snr", prediction, schedule, t)
-    assert found.dtype == jnp.float32
-    np.testing.assert_allclose(found, np.minimum(snr, 5) / divisor, rtol=1e-6)
+    for kind, of_x0 in (("min_snr", np.minimum(snr, 5)), ("p2", snr / (1 + snr))):  # Choi et al. 2022, eq. 8
+        found = diffusion.weight(kind, prediction, schedule, t)
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, of_x0 / divisor, rtol=1e-6)
 
 
+@pytest.mark.parametrize("prediction", ["x0", "v"])
+@pytest.mark.parametrize("kind", diffusion.WEIGHTS)
+def test_weights_are_finite_without_any_signal(kind, prediction):
+    schedule = diffusion.make_schedule("cosine", num_timesteps=30)
+    schedule = schedule._replace(
+        alpha_bars=schedule.alpha_bars.at[-1].set(0), noise_levels=schedule.noise_levels.at[-1].set(1)
+    )
+    found = diffusion.weight(kind, prediction, schedule, jnp.array([29]))
+    assert found.item() == (kind == "uniform")
+
+
+@pytest.mark.parametrize("kind", ["min_snr", "p2"])
 @pytest.mark.parametrize("prediction", diffusion.PREDICTIONS)
-def test_min_snr_weighs_the_same_x0_error_whatever_is_predicted(prediction):
-    """weight x squared error of the output = min(SNR, 5) x squared error of x0: the weights fit the conversions."""
+def test_a_weight_of_the_snr_weighs_the_same_x0_error_whatever_is_predicted(kind, prediction):
+    """weight x squared error of the output = w(SNR) x squared error of x0: the weights fit the conversions."""
     schedule, t = diffusion.make_schedule("cosine"), jnp.array([20, 200, 500, 800])
     x_t, output, error = (jax.random.normal(jax.random.key(i), (4, 3, 3, 1)) for i in range(3))
     x0, x0_off = (diffusion.x0_from(prediction, schedule, o, x_t, t) for o in (output, output + error))
-    of_output = diffusion.weight("min_snr", prediction, schedule, t) * diffusion.loss("l2", output + error, output)
-    of_x0 = diffusion.weight("min_snr", "x0", schedule, t) * diffusion.loss("l2", x0_off, x0)
+    of_output = diffusion.weight(kind, prediction, schedule, t) * diffusion.loss("l2", output + error, output)
+    of_x0 = diffusion.weight(kind, "x0", schedule, t) * diffusion.loss("l2", x0_off, x0)
     np.testing.assert_allclose(of_output, of_x0, rtol=1e-3)
