@@ -61,6 +61,10 @@ def read_folder(path: str) -> Folder:
         diffusion, sampling = diffusers_scheduler.schedule_settings(_read_json(scheduler))
     except ValueError as error:
         raise InteropError(f"{path}: {error}") from None
+    twice = settings["out_channels"] == 2 * settings["channels"]
+    if diffusion["learned_variance"] and not twice:
+        raise InteropError(f"{path}: variance_type='learned_range', but the unet has no output for a variance")
+    diffusion["learned_variance"] = twice  # DDIMScheduler's file does not tell
     found = [unet.parent / name for name in WEIGHTS if (unet.parent / name).is_file()]
     if not found:
         raise InteropError(f"{unet.parent}: holds no weights; {WEIGHTS[0]} is missing")
@@ -111,6 +115,8 @@ def save_pipeline(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InteropError(f"{path}: is there already; choose another folder")
     kind = "DDPM" if sampling["method"] == "ddpm" else "DDIM"
+    if diffusion["learned_variance"]:  # DDIMScheduler takes no such output
+        kind, sampling = "DDPM", {**sampling, "variance": "learned"}
     try:
         scheduler = diffusers_scheduler.scheduler_config(diffusion, sampling, f"{kind}Scheduler")
     except ValueError as error:

@@ -45,6 +45,7 @@ _VARIANCES = {
     "fixed_small_log": "fixed_small",
     "fixed_large": "fixed_large",
     "fixed_large_log": "fixed_large",
+    "learned_range": "learned",
 }
 
 
@@ -168,6 +169,7 @@ def _diffusion(values: dict[str, Any]) -> dict[str, Any]:
         "betas": tuple(map(float, betas or ())),
         "rescale_zero_snr": values["rescale_betas_zero_snr"],
         "prediction": prediction,
+        "learned_variance": values["variance_type"] == "learned_range",
     }
     if settings["schedule"] in ("table", "cosine"):  # the beta range is not looked at
         return settings

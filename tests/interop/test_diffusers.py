@@ -355,6 +355,26 @@ def test_every_setting_of_diffusers_is_known():
         assert diffusers.UNet2DModel().config[key] == value
 
 
+def test_a_learned_variance_goes_both_ways(tmp_path):
+    unet = their_network(SMALL | {"out_channels": 6})
+    scheduler = diffusers.DDPMScheduler(variance_type="learned_range")
+    diffusers.DDPMPipeline(unet, scheduler).save_pretrained(tmp_path / "theirs")
+    model, params, diffusion, sampling = load_pipeline(str(tmp_path / "theirs"))
+    assert (diffusion["learned_variance"], sampling["variance"]) == (True, "learned")
+    complete = full_settings("diffusion") | diffusion, full_settings("sampling") | sampling | {"method": "ddim"}
+    save_pipeline(str(tmp_path / "p"), model, params, image_size=8, diffusion=complete[0], sampling=complete[1])
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "p")
+    assert type(pipeline.scheduler).__name__ == "DDPMScheduler"
+    assert pipeline.scheduler.config.variance_type == "learned_range"
+    assert pipeline(num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 3)
+
+
+def test_a_learned_variance_without_an_output_for_it_is_refused(tmp_path):
+    saved(tmp_path / "p", SMALL, diffusers.DDPMScheduler(variance_type="learned_range"))
+    with pytest.raises(InteropError, match="the unet has no output for a variance"):
+        load_pipeline(str(tmp_path / "p"))
+
+
 @pytest.mark.parametrize("missing", ["unet/config.json", "scheduler/scheduler_config.json", "weights"])
 def test_an_incomplete_folder_is_refused(folder, tmp_path, missing):
     path = copy_of(folder, tmp_path)

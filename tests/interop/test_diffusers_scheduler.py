@@ -147,11 +147,18 @@ def noise_at(t):
     return torch.from_numpy(np.array(jax.random.normal(jax.random.fold_in(KEY, int(t)), X_T.shape)))
 
 
+@jax.jit
+def with_variance(x_t, t):
+    """The network with a second half of channels, -1 .. 1, for a variance."""
+    return jnp.concatenate([network(x_t, t), jnp.tanh(3 * x_t - 0.02 * t.reshape(-1, 1, 1, 1))], axis=-1)
+
+
 def our_chain(found, S, eta=0.0, rederive_eps=False):
     config = config_of(found, S)
     config.sampling.eta, config.sampling.rederive_eps = eta, rederive_eps
     options = experiment.sampling_options(config) | {"trajectory": S}
-    x0, trajectory = diffusion.sample(network, experiment.make_schedule(config), X_T, KEY, **options)
+    denoise_fn = with_variance if config.diffusion.learned_variance else network
+    x0, trajectory = diffusion.sample(denoise_fn, experiment.make_schedule(config), X_T, KEY, **options)
     np.testing.assert_array_equal(trajectory.t, plan_of(config)[0])
     return np.concatenate([trajectory.x_t, x0[None]])
 
@@ -171,8 +178,12 @@ def their_chain(found, S, *, right_table=False, **options):
     scheduler, x, chain = theirs(found), torch.from_numpy(X_T), [X_T]
     scheduler.set_timesteps(S)
     timesteps = scheduler.timesteps.tolist()
+    learned = found.get("variance_type") == "learned_range"
     for t, t_next in zip(timesteps, [*timesteps[1:], -1], strict=True):
-        output = torch.from_numpy(np.array(network(x.numpy(), jnp.full(len(X_T), t))))
+        output = np.array((with_variance if learned else network)(x.numpy(), jnp.full(len(X_T), t)))
+        if learned:  # the halves are of axis 1 there
+            output = np.concatenate(np.split(output, 2, axis=-1), axis=1)
+        output = torch.from_numpy(output)
         if right_table:
             scheduler.num_inference_steps = Stride(t - t_next)
         noise = {} if found["_class_name"] == "DDPMScheduler" else {"variance_noise": noise_at(t)}
@@ -204,6 +215,14 @@ def test_ddpm_chains(variance, prediction, clip):
         found = file_of("DDPMScheduler", **SHORT, **clip, variance_type=variance, prediction_type=prediction)
         found["timestep_spacing"] = spacing
         assert_same(our_chain(found, 12), their_chain(found, 12))
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_chains_with_a_learned_variance(prediction):
+    found = file_of("DDPMScheduler", **SHORT, variance_type="learned_range", prediction_type=prediction)
+    ours = our_chain(found, 12)
+    assert_same(ours, their_chain(found, 12))
+    assert difference(ours, our_chain(found | {"variance_type": "fixed_small"}, 12)).max() > BIG
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
@@ -379,8 +398,7 @@ def test_the_published_files():
         ({"_class_name": None}, "_class_name=None: only"),
         ({"lambda_min_clipped": -5.1}, r"lambda_min_clipped=-5\.1: not a setting .*; remove it"),
         ({"beta_schedule": "laplace"}, "beta_schedule='laplace': is not supported; only linear, scaled_linear"),
-        ({"variance_type": "learned_range"}, "variance_type='learned_range': is not supported; only fixed_small"),
-        ({"variance_type": "learned"}, "variance_type='learned'"),
+        ({"variance_type": "learned"}, "variance_type='learned': is not supported; only fixed_small"),
         ({"prediction_type": "flow"}, "prediction_type='flow': .*epsilon, sample, v_prediction"),
         ({"timestep_spacing": "quad"}, "timestep_spacing='quad': .*leading, trailing, linspace"),
         ({"num_train_timesteps": "1000"}, "num_train_timesteps='1000': must be a int"),
