@@ -167,6 +167,7 @@ _POSITIVE = [
     "data.image_size",
     "model.base_channels",
     "model.num_res_blocks",
+    "model.num_heads",
     "model.norm_epsilon",
     "diffusion.num_timesteps",
     "optimizer.learning_rate",
@@ -221,7 +222,7 @@ def validate(config: Config) -> None:
             listed = ", ".join(map(str, choices))
             raise ConfigError(f"config.{field}={get(config, field)!r}: choose one of {listed}")
     for fields, fits, rule in (
-        (_POSITIVE, lambda x: x > 0, "must be positive"),
+        (_POSITIVE, lambda x: x is None or x > 0, "must be positive"),
         (_NOT_NEGATIVE, lambda x: x >= 0, "must not be negative"),
         (_SHARES, lambda x: 0 <= x < 1, "must lie in [0, 1)"),
     ):
@@ -256,8 +257,6 @@ def _check_network(config: Config) -> None:
                     f"config.model.{field}={getattr(model, field)}: no level has height {resolution}; "
                     f"the levels' heights are {', '.join(map(str, heights))}"
                 )
-    if model.num_heads is not None and model.num_heads < 1:
-        raise ConfigError(f"config.model.num_heads={model.num_heads}: must be positive, or None for the network's own")
     if model.base_channels < 4:
         raise ConfigError(f"config.model.base_channels={model.base_channels}: the time embedding needs at least 4")
     for field, optional in (("num_groups", 1), ("middle_attention_groups", 0), ("attention_head_channels", 1)):

@@ -99,7 +99,7 @@ def test_a_missing_field_takes_its_default_and_an_unknown_one_is_named():
         ({"data.image_size": 0}, "positive"),
         ({"model.base_channels": -1}, "positive"),
         ({"model.num_res_blocks": 0}, "positive"),
-        ({"model.num_heads": 0}, "positive, or None"),
+        ({"model.num_heads": 0}, "positive"),
         ({"diffusion.num_timesteps": 0}, "positive"),
         ({"optimizer.learning_rate": 0.0}, "positive"),
         ({"optimizer.learning_rate": float("nan")}, "positive"),

@@ -2,6 +2,7 @@ import functools
 import itertools
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,6 +101,8 @@ def test_three_levels_take_28_pixels_and_four_do_not():
         shapes_of(model(channel_mults=(1, 1, 1, 1)), (1, 28, 28, 1))
     with pytest.raises(ValueError, match=r"^model\.block='swin': choose one of convnext, resnet"):
         shapes_of(model(block="swin"), (1, 28, 28, 1))
+    with pytest.raises(ValueError, match=r"^model\.num_groups=3: must divide model\.base_channels=8"):
+        shapes_of(model(num_groups=3), (1, 28, 28, 1))
 
 
 @both_blocks
@@ -213,6 +216,7 @@ def beside_torch(module, theirs, width, *arguments):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
+NORM = functools.partial(nn.GroupNorm, 4, epsilon=1e-6)
 EMBEDDING = np.random.default_rng(2).normal(size=(2, 12)).astype(np.float32)
 
 
@@ -225,7 +229,7 @@ def test_the_convnext_block_in_torch(width):
         assert h.shape[1] == 2 * 24
         return torch.conv(torch.norm(h, "norm_1", 4), "conv_1") + torch.shortcut(x)
 
-    module = ConvNextBlock(24, mult=2, num_groups=4, dropout=0.0, dtype=jnp.float32)
+    module = ConvNextBlock(24, mult=2, norm=NORM, dropout=0.0, dtype=jnp.float32)
     beside_torch(module, theirs, width, jnp.asarray(EMBEDDING), False)
 
 
@@ -238,7 +242,7 @@ def test_the_resnet_block_in_torch(width):
         h = silu(torch.norm(torch.conv(x, "conv_0"), "norm_0", 4) * (scale + 1) + shift)
         return silu(torch.norm(torch.conv(h, "conv_1"), "norm_1", 4)) + torch.shortcut(x)
 
-    module = ResnetBlock(24, num_groups=4, dropout=0.0, dtype=jnp.float32)
+    module = ResnetBlock(24, norm=NORM, dropout=0.0, dtype=jnp.float32)
     beside_torch(module, theirs, width, jnp.asarray(EMBEDDING), False)
 
 
