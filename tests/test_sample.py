@@ -16,6 +16,8 @@ GOOD = {
     "one label": ["--npz=label.npz", "--label=1"],
     "noisy": ["--npz=noisy.npz", "--eta=1", "--noclip_x0"],
     "ddpm": ["--npz=ddpm.npz", "--method=ddpm", "--variance=fixed_large"],
+    "dpm++": ["--npz=dpmpp.npz", "--method=dpm++"],
+    "thresholded heun": ["--npz=heun.npz", "--method=heun", "--dynamic_threshold=0.5", "--max_threshold=2"],
     "guided": ["--npz=guided.npz", "--guidance=3"],
     "leading": ["--npz=leading.npz", "--spacing=leading"],
     "offset": ["--npz=offset.npz", "--spacing=leading", "--steps_offset=3"],
@@ -42,6 +44,8 @@ BAD = {
     "offset of trailing": ("RUN", ["--out=x.png", "--steps_offset=1"], ["steps_offset=1", "'trailing'", "leading"]),
     "end of ddpm": ("RUN", ["--out=x.png", "--method=ddpm", "--end=first"], ["end='first'", "clean"]),
     "clip range": ("RUN", ["--out=x.png", "--clip_range=0"], ["clip_range=0", "positive"]),
+    "variance": ("RUN", ["--out=x.png", "--method=ddpm", "--variance=learned"], ["learned", "learned_variance"]),
+    "cap": ("RUN", ["--out=x.png", "--max_threshold=2"], ["max_threshold=2", "dynamic_threshold"]),
     "unknown flag": ("RUN", ["--out=x.png", "--number=3"], ["number"]),
     "stray argument": ("RUN", ["x.png"], ["x.png"]),
     "label of a run without labels": ("UNLABELLED", ["--out=x.png", "--label=0"], ["--label=0", "without labels"]),
@@ -139,7 +143,7 @@ def test_the_same_seed_gives_the_same_pictures_whatever_the_batch_size(drawn):
     np.testing.assert_allclose(drawn("batches"), drawn("all"), atol=1)
 
 
-@pytest.mark.parametrize("name", ["seed", "new/raw", "label", "noisy", "ddpm", "guided", "leading", "end", "range"])
+@pytest.mark.parametrize("name", ["seed", "new/raw", "label", "noisy", "ddpm", "dpmpp", "heun", "guided", "leading", "end", "range"])
 def test_each_flag_changes_the_pictures(drawn, name):
     assert np.abs(drawn(name) - drawn("all")).max() > 1
 
