@@ -143,7 +143,10 @@ def test_the_same_seed_gives_the_same_pictures_whatever_the_batch_size(drawn):
     np.testing.assert_allclose(drawn("batches"), drawn("all"), atol=1)
 
 
-@pytest.mark.parametrize("name", ["seed", "new/raw", "label", "noisy", "ddpm", "dpmpp", "heun", "guided", "leading", "end", "range"])
+@pytest.mark.parametrize(
+    "name",
+    ["seed", "new/raw", "label", "noisy", "ddpm", "dpmpp", "heun", "guided", "leading", "end", "range"],
+)
 def test_each_flag_changes_the_pictures(drawn, name):
     assert np.abs(drawn(name) - drawn("all")).max() > 1
 
