@@ -74,6 +74,13 @@ def draw_chain(
     return np.asarray(fetch(frames)[:, :num_images])
 
 
+def labels_of(config: Config, numbers: np.ndarray, label: int | None = None) -> np.ndarray | None:
+    """The classes of images by their numbers, int32: ``label``, or the classes in turn; None where there are none."""
+    if not config.model.num_classes:
+        return None
+    return numbers % config.model.num_classes if label is None else np.full_like(numbers, label)
+
+
 def num_batches(num_images: int, batch_size: int | None, mesh: Mesh) -> int:
     """How many batches ``draw`` needs."""
     return -(-num_images // _batch_size(num_images, batch_size, mesh))
@@ -94,11 +101,8 @@ def _batches(
     for first in range(0, num_images, size):
         numbers = np.arange(first, first + size, dtype=np.int32)
         x_T, keys = start(key, jax.device_put(numbers, sharding), experiment.image_shape(config))
-        labels = None
-        if config.model.num_classes:
-            wanted = numbers % config.model.num_classes if label is None else np.full_like(numbers, label)
-            labels = jax.device_put(wanted, sharding)
-        yield x_T, keys, labels
+        wanted = labels_of(config, numbers, label)
+        yield x_T, keys, None if wanted is None else jax.device_put(wanted, sharding)
 
 
 def _start(key: jax.Array, numbers: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:

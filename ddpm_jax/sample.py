@@ -40,8 +40,12 @@ _SAMPLING_FLAGS = [
 def define_flags() -> None:
     """The program's flags; those of ``_SAMPLING_FLAGS`` stand for the config's fields of these names."""
     flags.DEFINE_string("workdir", None, "The run to sample from.")
-    flags.DEFINE_string("out", None, "Picture to write, a PNG: a grid of all images.")
-    flags.DEFINE_string("npz", None, "Also write the images as `images`, uint8 [N H W C].")
+    flags.DEFINE_string(
+        "out", None, "Picture to write, a PNG: a grid of all images, a row a class."
+    )
+    flags.DEFINE_string(
+        "npz", None, "Also write `images`, uint8 [N H W C], and `labels` where there are classes."
+    )
     flags.DEFINE_string("gif", None, f"Also write how the first images emerge (at most {_MAX_GIF_IMAGES}).")
     flags.DEFINE_integer("num_images", 64, "How many.", lower_bound=1)
     flags.DEFINE_integer("batch_size", 64, "Images at a time, over all devices.", lower_bound=1)
@@ -86,7 +90,7 @@ def main() -> None:
         )
     frames = _gif_frames(config, run, mesh) if FLAGS.gif else []
     if jax.process_index() == 0:
-        _write(drawn, frames)
+        _write(drawn, generate.labels_of(config, np.arange(len(drawn), dtype=np.int32), FLAGS.label), frames)
 
 
 def _check_flags() -> None:
@@ -141,15 +145,22 @@ def _gif_frames(config: Config, run: experiment.Run, mesh: jax.sharding.Mesh) ->
     return [images.grid(frame) for frame in chain]
 
 
-def _write(drawn: np.ndarray, frames: list[np.ndarray]) -> None:
+def _write(drawn: np.ndarray, labels: np.ndarray | None, frames: list[np.ndarray]) -> None:
     if FLAGS.out:
-        images.save_png(FLAGS.out, images.grid(drawn))
+        images.save_png(FLAGS.out, _grid(drawn, labels))
     if FLAGS.npz:
-        images.save_npz(FLAGS.npz, images=drawn)
+        images.save_npz(FLAGS.npz, images=drawn, **({} if labels is None else {"labels": labels}))
     if FLAGS.gif:
         images.save_gif(FLAGS.gif, frames)
     written = ", ".join(path for path in (FLAGS.out, FLAGS.npz, FLAGS.gif) if path)
     print(f"{len(drawn)} images: {written}", file=sys.stderr)
+
+
+def _grid(drawn: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
+    """A row a class where the classes come in equal numbers."""
+    if labels is None or FLAGS.label is not None or len(drawn) % (classes := len(np.unique(labels))):
+        return images.grid(drawn)
+    return images.grid(drawn[np.argsort(labels, kind="stable")], columns=len(drawn) // classes)
 
 
 if __name__ == "__main__":

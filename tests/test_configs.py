@@ -25,7 +25,9 @@ def values(name: str) -> dict:
 
 
 def test_the_promised_configs_are_there():
-    assert {"digits", "flowers", "cifar10", "fashion_mnist"} <= {path.stem for path in CONFIGS}
+    assert {"digits", "flowers", "cifar10", "cifar10_labels", "celebahq256", "fashion_mnist"} <= {
+        path.stem for path in CONFIGS
+    }
 
 
 @by_name
@@ -43,6 +45,35 @@ def test_its_docstring_gives_command_source_expected_result_and_whether_it_was_m
     assert "Source:" in text
     assert "Expected" in text
     assert re.search(r"measured", text, re.IGNORECASE)
+
+
+def test_cifar10_labels_differs_from_cifar10_in_what_it_says():
+    plain, labelled = values("cifar10"), values("cifar10_labels")
+    differing = {field for field in plain if plain[field] != labelled[field]}
+    assert {field for field in differing if not field.startswith("sampling.")} == {
+        "dtype",
+        "model.num_classes",
+        "model.label_dropout",
+        "optimizer.ema_start",
+        "train.num_samples",
+    }
+
+
+def test_celebahq256_is_the_recipe_of_ho_et_al():
+    # hojonathanho/diffusion, scripts/run_celebahq.py
+    expected = {
+        "data.image_size": 256,
+        "model.channel_mults": (1, 1, 2, 2, 4, 4),
+        "model.attention_resolutions": (16,),
+        "model.dropout": 0.0,
+        "optimizer.learning_rate": 2e-5,
+        "optimizer.warmup_steps": 5000,
+        "train.batch_size": 64,
+        "sampling.method": "ddpm",
+        "sampling.variance": "fixed_small",
+    }
+    found = values("celebahq256")
+    assert {field: found[field] for field in expected} == expected
 
 
 def test_cifar10_is_the_recipe_of_ho_et_al():

@@ -19,6 +19,7 @@ GOOD = {
     "dpm++": ["--npz=dpmpp.npz", "--method=dpm++"],
     "thresholded heun": ["--npz=heun.npz", "--method=heun", "--dynamic_threshold=0.5", "--max_threshold=2"],
     "guided": ["--npz=guided.npz", "--guidance=3"],
+    "classes": ["--out=classes.png", "--npz=classes.npz", "--num_images=6"],
     "leading": ["--npz=leading.npz", "--spacing=leading"],
     "offset": ["--npz=offset.npz", "--spacing=leading", "--steps_offset=3"],
     "end": ["--npz=end.npz", "--end=first"],
@@ -88,7 +89,7 @@ def drawn(results):
 
     def read(name: str) -> np.ndarray:
         with np.load(results[1] / f"{name}.npz") as archive:
-            assert list(archive) == ["images"]
+            assert list(archive) == ["images", "labels"]
             assert archive["images"].dtype == np.uint8
             return archive["images"].astype(int)
 
@@ -126,6 +127,16 @@ def test_the_png_is_the_grid_of_the_npz(results, drawn):
     with Image.open(results[1] / "all.png") as picture:
         assert picture.format == "PNG"
         np.testing.assert_array_equal(np.asarray(picture), images.grid(drawn("all").astype(np.uint8))[..., 0])
+
+
+def test_the_png_has_a_row_a_class(results):
+    with np.load(results[1] / "classes.npz") as archive:
+        found, labels = archive["images"], archive["labels"]
+    assert labels.tolist() == [0, 1, 2, 0, 1, 2]
+    rows = [found[labels == label] for label in range(3)]
+    with Image.open(results[1] / "classes.png") as picture:
+        expected = images.grid(np.concatenate(rows), columns=2)
+        np.testing.assert_array_equal(np.asarray(picture), expected[..., 0])
 
 
 def test_the_gif_ends_in_the_pictures(results, drawn):
