@@ -107,4 +107,4 @@ def _to_diffusers() -> None:
 
 
 if __name__ == "__main__":
-    program.run(main, define_flags, COMMANDS)
+    program.run(main, define_flags, COMMANDS, alone=True)

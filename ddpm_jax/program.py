@@ -3,6 +3,7 @@
 import functools
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
@@ -16,9 +17,13 @@ Commands = Mapping[str, Sequence[str]]
 
 
 def run(
-    main: Callable[..., int | None], define_flags: Callable[[], None], commands: Commands | None = None
+    main: Callable[..., int | None],
+    define_flags: Callable[[], None],
+    commands: Commands | None = None,
+    *,
+    alone: bool = False,
 ) -> NoReturn:
-    """Defines and parses the flags and runs ``main``; its value is the exit status.
+    """Defines and parses the flags, joins the processes of the run and runs ``main``; its value is the exit status.
 
     The flags are defined here and not when a program's module is imported, so that a notebook may import two of them.
 
@@ -27,22 +32,64 @@ def run(
         define_flags: defines its flags.
         commands: what the first argument may be, each with the names of the arguments that follow it, all of which
             ``main`` is called with: {"from-ddpm": ("PATH",)}. None: the program takes flags only.
+        alone: the program is one process wherever it runs, and has no ``--distributed``.
 
     A mistake of the user's (a flag, a config, the data, the workdir) ends in one line on stderr and status 2 or 1,
     never in a traceback; anything else is a bug and shows where it is.
     """
     define_flags()
+    if not alone:
+        _define_distributed()
     warnings.showwarning = _show_warning
     logging.set_verbosity(logging.ERROR)  # Orbax logs a dozen lines a checkpoint
     app.run(
-        lambda argv: sys.exit(_guarded(functools.partial(main, *argv[1:]))),
+        lambda argv: _main(functools.partial(main, *argv[1:]), alone),
         flags_parser=functools.partial(_parse_flags, commands=commands),
     )
     raise AssertionError("app.run does not return")
 
 
+def _define_distributed() -> None:
+    flags.DEFINE_enum("distributed", "auto", ["auto", "off"], "Join the processes of a cluster; see docs/clusters.md.")
+    flags.DEFINE_string("coordinator", None, "host:port of process 0, where the cluster does not say it.")
+    flags.DEFINE_integer("num_processes", None, "How many there are.", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "Of this one, 0 .. num_processes - 1.", lower_bound=0)
+
+
+def _main(main: Callable[[], int | None], alone: bool) -> NoReturn:
+    """Exits with the status of ``main``, started with its peers."""
+    import jax
+
+    try:
+        status = _guarded(main if alone else functools.partial(_joined, main))
+    except Exception:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        status = 1
+    if status not in (None, 0, 75) and jax.distributed.is_initialized():
+        # At once: an orderly exit would wait for the peers, which wait for this process. The runtime will end them.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status or 1)
+    sys.exit(status)
+
+
+def _joined(main: Callable[[], int | None]) -> int | None:
+    """``main``, after the processes of the run have found each other; all but the first are silent but for errors."""
+    from ddpm_jax import distributed
+
+    FLAGS = flags.FLAGS
+    distributed.start(FLAGS.distributed, FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+    if not distributed.is_first():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
+        warnings.simplefilter("ignore")
+    return main()
+
+
 def _guarded(main: Callable[[], int | None]) -> int | None:
     from ddpm_jax.data import DataError
+    from ddpm_jax.distributed import StartError, is_first
     from ddpm_jax.experiment import RunError
     from ddpm_jax.interop import InteropError
     from ddpm_jax.training import Stopped
@@ -51,11 +98,12 @@ def _guarded(main: Callable[[], int | None]) -> int | None:
         return main()
     except KeyboardInterrupt:
         return 130
-    except (ConfigError, DataError, InteropError, RunError) as error:
+    except (ConfigError, DataError, InteropError, RunError, StartError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        if is_first():
+            print(stopped, file=sys.stderr)
         return stopped.exit_code
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs a command, and runs it again while that helps: exit 75 (the run was saved and asks to be run again, or its peers
-# were not there yet), 134 (the runtime aborted because a peer died or hung), 137 (killed: memory, or an operator).
+# Runs a command, and runs it again while that helps: exit 75 (the run was saved and asks to be run again), 134 (the
+# runtime aborted because a peer died, hung or did not come), 137 (killed: memory, or an operator).
 #
 #   launch/restart.sh [--dry-run] [--max-restarts N] COMMAND [ARGUMENT ...]
 #

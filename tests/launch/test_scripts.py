@@ -96,7 +96,7 @@ def test_shellcheck_finds_nothing(path):
         ("slurm.sbatch", COMMAND, ["srun", "ddpm_jax.train", "scontrol requeue"]),
         ("gke.sh", ["apply", *COMMAND], ["ddpm_jax.train", "kubectl apply"]),
         ("gke.sh", ["delete"], ["kubectl delete jobset run"]),
-        ("local_processes.sh", ["2", *COMMAND], ["--num_processes 2 --process_id 0", "--num_processes 2 --process_id 1"]),
+        ("local_processes.sh", ["2", *COMMAND], ["--num_processes 2 --process_id 0", "--process_id 1"]),
         ("restart.sh", COMMAND, ["ddpm_jax.train", "75, 134"]),
     ],
 )
@@ -248,7 +248,9 @@ def test_slurm_sends_sigterm_before_the_time_is_over_and_lets_all_save():
 
 def test_the_job_set_is_filled_in_and_applied(launch):
     words = [*COMMAND, '--tuple="a|b" & \\c']
-    done = launch("gke.sh", "apply", *words, NAME="cifar10", IMAGE="europe-docker.pkg.dev/p/r/ddpm_jax:1", CACHE="gs://b/c")
+    done = launch(
+        "gke.sh", "apply", *words, NAME="cifar10", IMAGE="europe-docker.pkg.dev/p/r/ddpm_jax:1", CACHE="gs://b/c"
+    )
     assert done.returncode == 0, done.stderr
     assert launch.calls() == [["kubectl", "apply", "-f", "-"]]
     job_set = yaml.safe_load((launch.folder / "stdin").read_text())
@@ -285,8 +287,8 @@ def test_the_job_set_starts_again_after_75_and_134_and_not_after_a_mistake():
 
 @pytest.mark.parametrize(("code", "reason"), [(75, "saved"), (134, "a peer died"), (137, "killed")])
 def test_restart_runs_again_while_that_helps(launch, tmp_path, code, reason):
-    again = script(tmp_path / "again", f'echo x >> "{tmp_path}/runs"; (( $(wc -l < "{tmp_path}/runs") >= 3 )) || exit {code}\n')
-    done = launch("restart.sh", again)
+    again = script(tmp_path / "again", f"echo x >> $RUNS; (($(wc -l < $RUNS) >= 3)) || exit {code}\n")
+    done = launch("restart.sh", again, RUNS=str(tmp_path / "runs"))
     assert done.returncode == 0
     assert (tmp_path / "runs").read_text() == "x\n" * 3
     assert len(done.stderr.splitlines()) == 2

@@ -1,0 +1,200 @@
+"""Several processes, one run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from ddpm_jax import distributed
+from ddpm_jax.distributed import StartError
+
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "node[1-2]",
+    "SLURM_NTASKS": "16",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "3",
+}
+ELSEWHERE = {"TPU_SKIP_MDS_QUERY": "1"}  # what importing jax sets where there is no TPU
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, False),
+        (SLURM, True),
+        (SLURM | {"SLURM_NTASKS": "1"}, False),
+        ({name: SLURM[name] for name in SLURM if name != "SLURM_STEP_NODELIST"}, False),  # in sbatch, not in srun
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "2"}, True),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, True),
+    ],
+)
+def test_where_there_are_peers(environ, expected):
+    assert distributed.in_cluster(ELSEWHERE | environ) is expected
+
+
+@pytest.fixture
+def initialized(monkeypatch):
+    """What ``jax.distributed.initialize`` is called with."""
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **kw: calls.append(kw))
+    return calls
+
+
+def test_one_process_initialises_nothing(initialized, monkeypatch):
+    for name in SLURM:
+        monkeypatch.delenv(name, raising=False)
+    distributed.start()
+    assert initialized == []
+    assert distributed.is_first()
+
+
+def test_slurm_is_left_to_jax_and_a_dead_peer_is_noticed_within_two_minutes(initialized, monkeypatch):
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    distributed.start("off")
+    assert initialized == []
+    distributed.start()
+    [call] = initialized
+    assert {call[name] for name in ("coordinator_address", "num_processes", "process_id")} == {None}
+    assert call["heartbeat_timeout_seconds"] <= 110
+
+
+def test_flags_are_passed_on(initialized):
+    distributed.start("auto", "10.0.0.1:8476", 4, 3)
+    [call] = initialized
+    assert (call["coordinator_address"], call["num_processes"], call["process_id"]) == ("10.0.0.1:8476", 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (("auto", "h:1", 2, None), ["--process_id missing"]),
+        (("auto", None, None, 0), ["--coordinator and --num_processes missing"]),
+        (("auto", "h", 2, 0), ["--coordinator=h", "host:port"]),
+        (("auto", "h:1", 2, 2), ["--process_id=2", "--num_processes=2"]),
+        (("off", "h:1", 2, 0), ["--coordinator=h:1", "--distributed=auto"]),
+    ],
+)
+def test_a_mistake_is_named(initialized, arguments, parts):
+    with pytest.raises(StartError) as error:
+        distributed.start(*arguments)
+    assert [part for part in parts if part not in str(error.value)] == []
+    assert initialized == []
+
+
+def test_an_error_of_the_runtime_is_one_line_and_never_swallowed(monkeypatch):
+    def fail(**_):
+        raise RuntimeError("Failed to recognize coordinator address nowhere\nand more")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    with pytest.raises(StartError, match=r"cannot join .*nowhere\); give --coordinator") as error:
+        distributed.start("auto", "nowhere:1", 2, 0)
+    assert "\n" not in str(error.value)
+
+
+def test_programs_join_before_anything_else(run_program, tmp_path):
+    results = run_program("ddpm_jax.sample", {"half": ["--num_processes=2"], "mode": ["--distributed=on"]}, tmp_path)
+    assert "--coordinator and --process_id missing" in results["half"].error
+    assert results["half"].code == 1
+    assert "--distributed" in results["mode"].error
+    assert results["mode"].code == 2
+
+
+# Two processes
+
+
+@pytest.fixture
+def two(make_config, write_config_file, program_env, tmp_path):
+    """``two(fields, flags)``: a tiny training in two processes of two devices each, through the launch script."""
+
+    def start(overrides: dict | None = None, *launch_flags: str) -> subprocess.Popen:
+        fields = {"train.num_steps": 3, "train.checkpoint_every": 3, "train.sample_every": 3} | (overrides or {})
+        config = write_config_file(tmp_path / "tiny.py", make_config(fields))
+        command = ["bash", str(ROOT / "launch" / "local_processes.sh"), *launch_flags, "2"]
+        command += [sys.executable, "-m", "ddpm_jax.train", "--config", str(config), "--workdir", str(tmp_path / "run")]
+        env = program_env | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+        return subprocess.Popen(
+            command, env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    return start
+
+
+def losses_of(workdir) -> list[float]:
+    return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_only_the_first_speaks(two, trained, tmp_path):
+    process = two()
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    run = tmp_path / "run"
+    np.testing.assert_allclose(losses_of(run), losses_of(trained.workdir)[:3], rtol=1e-4)
+    assert [path.name for path in (run / "samples").iterdir()] == ["step_00000003.png"]
+    assert len(list((run / "tensorboard").iterdir())) == 1
+    assert (run / "checkpoints" / "3").exists()
+    assert err.count("finished at step 3") == 1
+    assert [line for line in out.splitlines() if not line.startswith("[Gloo]")] == []
+
+
+@pytest.mark.slow
+def test_a_mistake_in_one_process_is_not_started_again(two, tmp_path):
+    # Both are refused before the first step; neither may wait for the other.
+    process, start = two({"data.source": "npz:absent.npz"}), time.monotonic()
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "error: " in err
+    assert "npz:absent.npz" in err
+    assert "restart: " not in err
+    assert time.monotonic() - start < 60
+
+
+@pytest.mark.slow
+def test_sigterm_saves_in_both(two, tmp_path):
+    process = two({"train.num_steps": 100_000, "train.checkpoint_every": 100_000, "train.sample_every": 100_000})
+    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 200
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 75, err
+    assert err.count("the same command continues") == 1
+    [saved] = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]
+    assert saved == len(losses_of(tmp_path / "run"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_its_peer_and_both_go_on(two, trained, tmp_path, victim):
+    fields = {"train.num_steps": 3000, "train.checkpoint_every": 5, "train.sample_every": 100_000}
+    process = two(fields, "--max-restarts", "0")
+    checkpoints, deadline = tmp_path / "run" / "checkpoints", time.monotonic() + 200
+    while not (checkpoints / "5").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    children = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    [pid] = [int(x.split()[0]) for x in children.stdout.splitlines() if f"--process_id {victim}" in x]
+    os.kill(pid, signal.SIGKILL)
+    killed = time.monotonic()
+    _, err = process.communicate(timeout=200)
+    assert time.monotonic() - killed < 120
+    assert process.returncode in (134, 137), err
+    process = two(fields)
+    while "continues at step" not in (line := process.stderr.readline()):
+        assert line, process.poll()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=200) == 75
