@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -169,10 +169,10 @@ def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, traini
     return optimizer, learning_rate
 
 
-def make_mesh(config: Config) -> Mesh:
-    """The devices of a training run."""
+def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The devices of a training run, out of those given or of all there are."""
     try:
-        mesh = training.make_mesh(config.mesh.data, config.mesh.fsdp)
+        mesh = training.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     except ValueError as error:
         raise ConfigError(f"config.{error}") from None
     if config.train.batch_size % (mesh.size * config.train.accumulate):

@@ -1,6 +1,7 @@
 """Devices and who holds what: the mesh, the sharding of a batch, the sharding of the state."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,13 +11,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 MIN_SHARDED_SIZE = 2**16
 
 
-def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
-    """A ("data", "fsdp") mesh of the first data * fsdp devices; data = -1 takes all there are.
+def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A ("data", "fsdp") mesh of the first data * fsdp devices; data = -1 takes all there are, or all that are given.
 
     Raises:
         ValueError: the devices do not suffice, or fsdp does not divide them.
     """
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     if fsdp < 1 or (data < 1 and data != -1):
         raise ValueError(f"mesh.data={data}, mesh.fsdp={fsdp}: must be positive; data = -1 is all the rest")
     if data == -1:

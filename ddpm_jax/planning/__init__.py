@@ -1,0 +1,20 @@
+"""What a compiled program costs on a TPU: its numbers, its collectives, and the roofline they meet."""
+
+from ddpm_jax.planning.chips import CHIPS, Device, device_of, links
+from ddpm_jax.planning.collectives import Collective, collectives_of, wire_bytes
+from ddpm_jax.planning.roofline import Cost, Roofline, cost_of, needed_bytes, roofline
+
+__all__ = [
+    "CHIPS",
+    "Collective",
+    "Cost",
+    "Device",
+    "Roofline",
+    "collectives_of",
+    "cost_of",
+    "device_of",
+    "links",
+    "needed_bytes",
+    "roofline",
+    "wire_bytes",
+]
