@@ -9,6 +9,7 @@ from typing import Any
 
 from ddpm_jax import diffusion
 from ddpm_jax.fields import brief, flat, get, names_of, nearest, type_error
+from ddpm_jax.limits import CHOICES, NOT_NEGATIVE, POSITIVE, SHARES
 
 
 class ConfigError(ValueError):
@@ -100,6 +101,9 @@ class TrainConfig:
     keep_every: int = 0  # also keep those of every n-th step; 0 is none
     accumulate: int = 1  # micro-batches a step
     remat: str = "none"  # none, blocks or dots: what the backward pass computes again to save memory
+    compilation_cache_dir: str = ""  # where compiled programs are kept from one start to the next; "": nowhere
+    profile_start: int = 0  # the step before which profiling begins, counted from the start of the program
+    profile_steps: int = 0  # how many are profiled, into <workdir>/profile; 0 is none
 
 
 @dataclasses.dataclass(slots=True)
@@ -144,60 +148,6 @@ class Config:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
 
-_CHOICES = {
-    "dtype": ("auto", "float32", "bfloat16"),
-    "data.channels": (1, 3),
-    "data.placement": ("host", "device"),
-    "model.downsample_padding": (0, 1),
-    "model.kind": ("unet", "linear_attention_unet"),
-    "model.block": (None, "convnext", "resnet"),
-    "model.attention": ("xla", "cudnn"),
-    "diffusion.schedule": (*diffusion.SCHEDULES, "table"),
-    "diffusion.prediction": diffusion.PREDICTIONS,
-    "diffusion.loss": diffusion.LOSSES,
-    "diffusion.loss_weight": diffusion.WEIGHTS,
-    "optimizer.lr_decay": ("constant", "cosine"),
-    "train.remat": ("none", "blocks", "dots"),
-    "sampling.method": diffusion.METHODS,
-    "sampling.spacing": diffusion.SPACINGS,
-    "sampling.end": diffusion.ENDS,
-    "sampling.variance": diffusion.VARIANCES,
-}
-_POSITIVE = [
-    "data.image_size",
-    "model.base_channels",
-    "model.num_res_blocks",
-    "model.num_heads",
-    "model.norm_epsilon",
-    "diffusion.num_timesteps",
-    "optimizer.learning_rate",
-    "train.batch_size",
-    "train.num_steps",
-    "train.log_every",
-    "train.checkpoint_every",
-    "train.sample_every",
-    "train.num_samples",
-    "train.keep_last",
-    "train.accumulate",
-    "sampling.num_steps",
-    "sampling.clip_range",
-    "mesh.fsdp",
-]
-_NOT_NEGATIVE = [
-    "seed",
-    "model.num_classes",
-    "optimizer.warmup_steps",
-    "optimizer.weight_decay",
-    "optimizer.grad_clip_norm",
-    "optimizer.ema_start",
-    "train.keep_every",
-    "sampling.steps_offset",
-    "sampling.guidance",
-    "sampling.max_threshold",
-]
-_SHARES = ["model.dropout", "model.label_dropout", "optimizer.ema_decay", "sampling.dynamic_threshold"]  # in [0, 1)
-
-
 def field_names() -> list[str]:
     """Dotted names of all fields, as in ``--config.<field>``."""
     return names_of(Config)
@@ -217,14 +167,14 @@ def validate(config: Config) -> None:
     for field in field_names():
         if problem := type_error(Config, field, get(config, field)):
             raise ConfigError(f"config.{field}={brief(get(config, field))}: {problem}")
-    for field, choices in _CHOICES.items():
+    for field, choices in CHOICES.items():
         if get(config, field) not in choices:
             listed = ", ".join(map(str, choices))
             raise ConfigError(f"config.{field}={get(config, field)!r}: choose one of {listed}")
     for fields, fits, rule in (
-        (_POSITIVE, lambda x: x is None or x > 0, "must be positive"),
-        (_NOT_NEGATIVE, lambda x: x >= 0, "must not be negative"),
-        (_SHARES, lambda x: 0 <= x < 1, "must lie in [0, 1)"),
+        (POSITIVE, lambda x: x is None or x > 0, "must be positive"),
+        (NOT_NEGATIVE, lambda x: x >= 0, "must not be negative"),
+        (SHARES, lambda x: 0 <= x < 1, "must lie in [0, 1)"),
     ):
         for field in fields:
             if not fits(get(config, field)):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 from jax.tree_util import Partial
 
@@ -167,6 +168,13 @@ def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, traini
         learning_rate, weight_decay=settings.weight_decay, grad_clip_norm=settings.grad_clip_norm
     )
     return optimizer, learning_rate
+
+
+def use_compilation_cache(config: Config) -> None:
+    """Keeps the programs that this process compiles from now on in ``train.compilation_cache_dir``, if it says any."""
+    if config.train.compilation_cache_dir:
+        compilation_cache.set_cache_dir(config.train.compilation_cache_dir)
+        compilation_cache.reset_cache()  # or a process that has compiled already would go on without
 
 
 def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:

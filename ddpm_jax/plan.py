@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -65,6 +66,7 @@ def plan(config: Config, topology: str, what: str = "train") -> Plan:
     config = copy.deepcopy(config)
     config.dtype = "bfloat16" if config.dtype == "auto" else config.dtype
     config_lib.validate(config)
+    experiment.use_compilation_cache(config)
     devices = _devices(topology)
     device = planning.device_of(topology.partition(":")[0])
     mesh = experiment.make_mesh(config, devices) if what == "train" else _sampling_mesh(config, devices)
@@ -82,7 +84,9 @@ def plan(config: Config, topology: str, what: str = "train") -> Plan:
         "fits": False,
     } | dict.fromkeys(["flops", "bytes", "collectives", *planning.Roofline._fields])
     try:
-        compiled = jitted.lower(*arguments).compile()
+        with warnings.catch_warnings():  # what the cache holds of an earlier plan, only a machine with a TPU can read
+            warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
+            compiled = jitted.lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
         needed = planning.needed_bytes(str(error))
         if needed is None:
@@ -91,7 +95,7 @@ def plan(config: Config, topology: str, what: str = "train") -> Plan:
     accumulate = config.train.accumulate if what == "train" else 1
     cost = planning.cost_of(compiled, _bytes_on_device(setup.abstract_state), accumulate)
     collectives = planning.collectives_of(compiled.as_text(), mesh.size, accumulate)
-    num_links = planning.links(device, [x.coords for x in mesh.devices.flat])
+    num_links = planning.links(device, _coordinates(mesh))
     return (
         found
         | cost._asdict()
@@ -141,6 +145,11 @@ def _sampler(setup: Setup) -> tuple[tuple[Any, ...], Any]:
         return diffusion.sample(denoise_fn, setup.schedule, x_T, keys, **experiment.sampling_options(config))
 
     return (setup.abstract_state.params, *arrays), jax.jit(sample)
+
+
+def _coordinates(mesh: Mesh) -> list[tuple[int, ...]]:
+    """Of the chips that the mesh's devices are on."""
+    return [tuple(x.coords) for x in mesh.devices.flat]
 
 
 def _bytes_on_device(tree: Any) -> int:
@@ -226,6 +235,7 @@ def _with_overrides(config: Config) -> Config:
 def main() -> None:
     """The program."""
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no TPU to be asked about
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nor one that two plans could fight over
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # libtpu complains where it cannot find it out
     jax.config.update("jax_platforms", "cpu")
     config = _with_overrides(program.loaded_config()[0])

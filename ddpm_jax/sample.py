@@ -40,12 +40,8 @@ _SAMPLING_FLAGS = [
 def define_flags() -> None:
     """The program's flags; those of ``_SAMPLING_FLAGS`` stand for the config's fields of these names."""
     flags.DEFINE_string("workdir", None, "The run to sample from.")
-    flags.DEFINE_string(
-        "out", None, "Picture to write, a PNG: a grid of all images, a row a class."
-    )
-    flags.DEFINE_string(
-        "npz", None, "Also write `images`, uint8 [N H W C], and `labels` where there are classes."
-    )
+    flags.DEFINE_string("out", None, "Picture to write, a PNG: a grid of all images, a row a class.")
+    flags.DEFINE_string("npz", None, "Also write `images`, uint8 [N H W C], and `labels` where there are classes.")
     flags.DEFINE_string("gif", None, f"Also write how the first images emerge (at most {_MAX_GIF_IMAGES}).")
     flags.DEFINE_integer("num_images", 64, "How many.", lower_bound=1)
     flags.DEFINE_integer("batch_size", 64, "Images at a time, over all devices.", lower_bound=1)

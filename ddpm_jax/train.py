@@ -37,6 +37,7 @@ def train(config: Config, workdir: str) -> TrainState:
         training.Stopped: SIGTERM or Ctrl-C came; the state was saved first.
     """
     config_lib.validate(config)
+    experiment.use_compilation_cache(config)
     with training.stop_signal() as stop:
         experiment.check_workdir(workdir, config)
         setup = Setup(config, experiment.make_mesh(config))
@@ -65,6 +66,12 @@ def _train_from(
             log_every=settings.log_every,
             batch_size=settings.batch_size,
         ) as log,
+        training.Profile(
+            os.path.join(workdir, "profile"),
+            first=first_step + 1 + settings.profile_start,
+            steps=settings.profile_steps,
+            enabled=jax.process_index() == 0,
+        ) as profile,
     ):
 
         def sample_is_due(step: int) -> bool:
@@ -73,7 +80,8 @@ def _train_from(
         if first_step and sample_is_due(first_step) and not _samples_path(workdir, state).exists():
             _write_samples(setup, state, workdir, writer)  # the run was killed between a checkpoint and its pictures
         for step in range(first_step + 1, settings.num_steps + 1):
-            state, metrics = setup.train_step(state, next(batches), setup.key)
+            with profile.step(step, state):
+                state, metrics = setup.train_step(state, next(batches), setup.key)
             log.add(step, metrics)
             diverged = log.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
             stopping = stop.is_set(step)  # asked once a step: a signal that comes after this waits for the next one
@@ -192,6 +200,7 @@ def _divergence(workdir: str, step: int) -> str:
 def dry_run(config: Config) -> None:
     """Prints the config, the parameters, the mesh and the memory of the compiled step. Opens no data set."""
     config_lib.validate(config)
+    experiment.use_compilation_cache(config)
     mesh = experiment.make_mesh(config)
     setup = Setup(config, mesh)
     print(json.dumps(config_lib.to_dict(config), indent=2))

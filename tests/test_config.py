@@ -6,6 +6,7 @@ import warnings
 import pytest
 
 from ddpm_jax import config as config_lib
+from ddpm_jax import limits
 from ddpm_jax.config import Config, ConfigError, field_names, from_dict, nearest_field, to_dict, validate
 from ddpm_jax.diffusion import ScheduleWarning
 from ddpm_jax.fields import differences
@@ -287,6 +288,6 @@ def test_the_choices_of_the_network_are_the_networks_own():
     # Written out in config.py, which is to be imported without Flax.
     from ddpm_jax import models
 
-    assert config_lib._CHOICES["model.kind"] == tuple(models.NETWORKS)
-    assert config_lib._CHOICES["model.attention"] == models.ATTENTIONS
-    assert config_lib._CHOICES["train.remat"] == models.REMATS
+    assert limits.CHOICES["model.kind"] == tuple(models.NETWORKS)
+    assert limits.CHOICES["model.attention"] == models.ATTENTIONS
+    assert limits.CHOICES["train.remat"] == models.REMATS

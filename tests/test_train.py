@@ -382,6 +382,32 @@ def test_log_every_averages_all_steps_of_its_interval(stub, make_config, tmp_pat
     np.testing.assert_allclose([line["loss"] for line in lines], means, rtol=1e-6)
 
 
+def test_some_steps_are_profiled_counted_from_where_the_program_starts(stub, make_config, tmp_path):
+    fields = {"train.num_steps": 3, "train.checkpoint_every": 3, "train.sample_every": 100}
+    train.train(make_config(fields), str(tmp_path / "run"))
+    assert not (tmp_path / "run" / "profile").exists()
+    fields |= {"train.num_steps": 8, "train.profile_start": 1, "train.profile_steps": 2}
+    train.train(make_config(fields), str(tmp_path / "run"))
+    [trace] = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
+    events = [
+        dict(event.stats)
+        for plane in jax.profiler.ProfileData.from_file(str(trace)).planes
+        for line in plane.lines
+        for event in line.events
+        if event.name == "train"
+    ]
+    assert sorted({event["step_num"] for event in events}) == [5, 6]
+
+
+def test_compiled_programs_are_kept_where_the_config_says(stub, make_config, compilation_cache, tmp_path):
+    fields = {"train.num_steps": 1, "train.sample_every": 100, "train.compilation_cache_dir": str(tmp_path / "cache")}
+    try:
+        train.train(make_config(fields), str(tmp_path / "run"))
+    finally:
+        experiment.use_compilation_cache(make_config({"train.compilation_cache_dir": compilation_cache}))
+    assert [path for path in (tmp_path / "cache").iterdir() if path.name.startswith("jit_train_step-")]
+
+
 # From the command line
 
 

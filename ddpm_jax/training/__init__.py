@@ -5,6 +5,7 @@ from ddpm_jax.training.log import Log
 from ddpm_jax.training.mesh import batch_sharding, make_mesh, replicated
 from ddpm_jax.training.metrics import MetricsWriter, summarize
 from ddpm_jax.training.optimizer import LearningRate, make_learning_rate, make_optimizer
+from ddpm_jax.training.profile import Profile
 from ddpm_jax.training.state import Params, TrainState, abstract_state, init_state, new_state
 from ddpm_jax.training.step import Batch, LossFn, Metrics, make_train_step, step_memory, train_step
 from ddpm_jax.training.stop import Stop, Stopped, stop_signal
@@ -17,6 +18,7 @@ __all__ = [
     "Metrics",
     "MetricsWriter",
     "Params",
+    "Profile",
     "Stop",
     "Stopped",
     "TrainState",
