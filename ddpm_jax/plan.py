@@ -88,10 +88,10 @@ def plan(config: Config, topology: str, what: str = "train") -> Plan:
             warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
             compiled = jitted.lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = planning.needed_bytes(str(error))
-        if needed is None:
+        wanted = planning.temp_bytes_wanted(str(error), found["argument_bytes"])
+        if wanted is None:
             raise
-        return found | {"temp_bytes": needed - found["argument_bytes"]}
+        return found | {"temp_bytes": wanted}
     accumulate = config.train.accumulate if what == "train" else 1
     cost = planning.cost_of(compiled, _bytes_on_device(setup.abstract_state), accumulate)
     collectives = planning.collectives_of(compiled.as_text(), mesh.size, accumulate)

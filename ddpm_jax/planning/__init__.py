@@ -2,7 +2,7 @@
 
 from ddpm_jax.planning.chips import CHIPS, Device, device_of, links
 from ddpm_jax.planning.collectives import Collective, collectives_of, wire_bytes
-from ddpm_jax.planning.roofline import Cost, Roofline, cost_of, needed_bytes, roofline
+from ddpm_jax.planning.roofline import Cost, Roofline, cost_of, roofline, temp_bytes_wanted
 
 __all__ = [
     "CHIPS",
@@ -14,7 +14,7 @@ __all__ = [
     "cost_of",
     "device_of",
     "links",
-    "needed_bytes",
     "roofline",
+    "temp_bytes_wanted",
     "wire_bytes",
 ]

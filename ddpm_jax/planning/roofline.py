@@ -48,12 +48,21 @@ def cost_of(compiled: Any, state_bytes: int = 0, accumulate: int = 1) -> Cost:
     )
 
 
-def needed_bytes(message: str) -> int | None:
-    """How much memory a program wants, from the compiler's error; None where that is not what the error says."""
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
-    if found:
-        return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
+def temp_bytes_wanted(message: str, argument_bytes: int) -> int | None:
+    """How much memory a program wants beside its arguments, from the compiler's error; None if that is not its error.
+
+    libtpu says it in two ways: "HLO temporaries (39.65G) exceeds available HBM (15.75G)", and, where the sum is at
+    fault, "Used 21.50G of 15.75G hbm".
+    """
+    if found := re.search(r"temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM", message):
+        return _number(*found.groups())
+    if found := re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message):
+        return _number(*found.groups()) - argument_bytes
     return None
+
+
+def _number(digits: str, unit: str) -> int:
+    return int(float(digits) * 1024 ** " KMGT".index(unit or " "))
 
 
 def roofline(device: Device, cost: Cost, collectives: list[Collective], num_links: int) -> Roofline:
