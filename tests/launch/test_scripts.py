@@ -14,6 +14,7 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
+SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 COMMAND = ["python", "-m", "ddpm_jax.train", "--config", "configs/cifar10.py", "--workdir", "gs://b/a run"]
 SLICE = {"TPU_NAME": "slice", "ZONE": "us-west4-a"}
 
@@ -74,10 +75,10 @@ def script(path: Path, text: str) -> str:
     return str(path)
 
 
-@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+@pytest.mark.skipif(not SHELLCHECK, reason="shellcheck is not installed")
 @pytest.mark.parametrize("path", [*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"], ids=lambda path: path.name)
 def test_shellcheck_finds_nothing(path):
-    subprocess.run(["shellcheck", path], check=True)
+    subprocess.run([SHELLCHECK, path], check=True)
 
 
 @pytest.mark.parametrize(
