@@ -16,7 +16,14 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 ROOMS = {"diffusion", "models", "data", "training", "evaluation", "interop"}
-HALL = {"config", "experiment", "generate", "program", "run_config"}  # where a Config may go, besides the programs
+HALL = {
+    "config",
+    "experiment",
+    "generate",
+    "program",
+    "run_config",
+    "studies",
+}  # where a Config may go, besides the programs
 MAX_MODULE_LINES, MAX_FUNCTION_LINES = 350, 60
 
 
@@ -91,6 +98,10 @@ def test_only_data_imports_tensorflow_and_late():
     found = of("tensorflow") + of("tensorflow_datasets")
     assert [x for x in found if room(x.module) not in ("data", "evaluation")] == []
     assert [x for x in found if not x.late] == []
+
+
+def test_only_figures_imports_matplotlib_and_late():
+    assert {(x.module, x.late) for x in of("matplotlib")} == {("ddpm_jax.figures", True)}
 
 
 def test_only_one_module_imports_orbax():
@@ -170,7 +181,7 @@ from ddpm_jax import models
 assert not {{"tensorflow", "orbax", "torch"}} & set(sys.modules)
 for module in {list(MODULES)!r}:
     importlib.import_module(module)
-assert not {{"tensorflow", "tensorflow_datasets", "torch"}} & set(sys.modules)
+assert not {{"tensorflow", "tensorflow_datasets", "torch", "matplotlib"}} & set(sys.modules)
 from jax._src import xla_bridge
 assert not xla_bridge.backends_are_initialized()
 """
