@@ -94,7 +94,7 @@ def main(command: str) -> None:
         picture = _sheet(picture)
     images.save_png(out, picture)
     images.write_atomically(written[1], (json.dumps({"command": command} | numbers, indent=2) + "\n").encode())
-    print(summary.replace("; ", "\n"))
+    print(summary)
     print(", ".join(map(str, written)), file=sys.stderr)
 
 
@@ -105,15 +105,16 @@ def _drawn(study: Callable[..., studies.Study], *names: str) -> Callable[[str], 
     """A command that draws from the run's noises; ``names`` are flags that the study takes as they are."""
 
     def run_study(command: str) -> _Result:
-        run = _run(command)
+        config = _config(command)
+        lists = _lists(command, config)
         options = {name: _value(command, name) for name in ("num_images", *names)}
-        found = study(run, *_sequences(command, run.config), seed=FLAGS.seed, label=FLAGS.label, **options)
-        return found, _report(run.config, found), found.summary
+        found = study(_load(config), *lists, seed=FLAGS.seed, label=FLAGS.label, **options)
+        return found, _report(config, found), found.summary
 
     return run_study
 
 
-def _sequences(command: str, config: Config) -> list[list[Any]]:
+def _lists(command: str, config: Config) -> list[list[Any]]:
     """The lists that a study takes before its options."""
     if command == "grid":
         return [_etas(), _step_counts(command, config)]
@@ -127,34 +128,32 @@ def _equivalence(command: str) -> _Result:
     variances, apart = studies.variances(config), studies.disagreement(config)
     t = np.arange(config.diffusion.num_timesteps)
     panels = [
-        figures.Panel(
-            "variance of the step t -> t - 1", "t", t[1:], {k: v[1:] for k, v in variances.items()}, log=True
-        ),
-        # Zero has no logarithm: what agrees to the last bit is drawn at the bottom.
-        figures.Panel("relative difference", "t", t[1:], {k: np.maximum(v, 1e-17) for k, v in apart.items()}, log=True),
+        figures.Panel("variance of a step", "t", t[1:], {k: v[1:] for k, v in variances.items()}, True, "nested"),
+        figures.Panel("relative difference, where there is any", "t", t[1:], apart, True, "dots"),
     ]
     return figures.stack([_sheet(found), figures.plots(panels)]), numbers, summary
 
 
 def _reconstruct(command: str) -> _Result:
-    run = _run(command)
-    pixels, labels = _pictures(run.config)
-    found = studies.reconstruct(run, pixels, _step_counts(command, run.config), labels=labels)
-    return found, _report(run.config, found), found.summary
+    config = _config(command)
+    counts = _step_counts(command, config)
+    pixels, labels = _pictures(config)
+    found = studies.reconstruct(_load(config), pixels, counts, labels=labels)
+    return found, _report(config, found), found.summary
 
 
 def _mix(command: str) -> _Result:
-    run = _run(command)
-    pixels, _ = _pictures(run.config, count=2)
-    found = studies.mix(run, pixels, _floats("fractions"), label=FLAGS.label)
-    return found, _report(run.config, found), found.summary
+    config, weights = _config(command), _floats("fractions")
+    pixels, _ = _pictures(config, count=2)
+    found = studies.mix(_load(config), pixels, weights, label=FLAGS.label)
+    return found, _report(config, found), found.summary
 
 
 def _forward(command: str) -> _Result:
     config = _run_config()
     pixels, _ = _pictures(config)
     found = studies.forward(config, pixels, seed=FLAGS.seed)
-    return found, {"seed": FLAGS.seed} | found.numbers, found.summary
+    return found, {"workdir": FLAGS.workdir, "seed": FLAGS.seed} | found.numbers, found.summary
 
 
 def _schedules(command: str) -> _Result:
@@ -209,23 +208,31 @@ def _check_flags(command: str) -> None:
 def _run_config() -> Config:
     config = experiment.read_config(FLAGS.workdir)
     if config is None:
-        raise experiment.RunError(f"{FLAGS.workdir}: holds no run; train one with python -m ddpm_jax.train")
+        raise experiment.RunError(
+            f"{FLAGS.workdir}: holds no run (config.json is missing); train one with python -m ddpm_jax.train"
+        )
     return config
 
 
-def _run(command: str) -> experiment.Run:
-    """The run, its sampling as the flags say."""
-    run = experiment.load(FLAGS.workdir, weights=FLAGS.weights, step=FLAGS.step)
-    _check_label(command, run.config)
+def _config(command: str) -> Config:
+    """The run's config, its sampling as the flags say."""
+    config = _run_config()
+    _check_label(command, config)
     fields = {name: FLAGS[name].value for name in ("guidance", "spacing", "clip_x0", "num_steps")}
     if command in ("reconstruct", "mix") and FLAGS.guidance is None:
         fields["guidance"] = 1.0  # the inverse of a guided chain is unstable
     if command == "equivalence" and FLAGS.num_steps is None:
-        fields["num_steps"] = run.config.diffusion.num_timesteps
+        fields["num_steps"] = config.diffusion.num_timesteps
+    if command in ("steps", "chain"):
+        fields["method"] = _value(command, "method")
     if command == "chain":
-        fields |= {"method": FLAGS.method, "eta": FLAGS.eta}
-    given = {name: value for name, value in fields.items() if value is not None}
-    return run._replace(config=studies.with_sampling(run.config, **given))
+        fields["eta"] = FLAGS.eta
+    return studies.with_sampling(config, **{name: value for name, value in fields.items() if value is not None})
+
+
+def _load(config: Config) -> experiment.Run:
+    """The run; the slow part, after all that may be wrong with the flags."""
+    return experiment.load(FLAGS.workdir, weights=FLAGS.weights, step=FLAGS.step)._replace(config=config)
 
 
 def _check_label(command: str, config: Config) -> None:

@@ -35,12 +35,16 @@ def equivalence(run: experiment.Run, *, num_images: int = 4, seed: int = 0, labe
     """
     start = drawn_start(run, num_images, seed, label)
     plain = {"dynamic_threshold": 0.0, "max_threshold": 0.0, "end": "clean"}
-    steps, all_ddpm, all_ddim = run.config.sampling.num_steps, [], []
-    with new_bar(6 * steps, "equivalence") as bar:
-        for clip, rederive, _ in _PAIRS.values():
-            fields = plain | {"clip_x0": clip, "rederive_eps": rederive}
-            all_ddpm.append(decode(run, start, tick(bar), method="ddpm", variance="fixed_small", **fields))
-            all_ddim.append(decode(run, start, tick(bar), method="ddim", eta=1.0, **fields))
+    steps = run.config.sampling.num_steps
+    with new_bar(5 * steps, "equivalence") as bar:
+        fields = plain | {"method": "ddpm", "variance": "fixed_small"}
+        by_clip = {clip: decode(run, start, tick(bar), clip_x0=clip, **fields) for clip in (False, True)}
+        fields = plain | {"method": "ddim", "eta": 1.0}
+        all_ddim = [
+            decode(run, start, tick(bar), clip_x0=clip, rederive_eps=rederive, **fields)
+            for clip, rederive, _ in _PAIRS.values()
+        ]
+    all_ddpm = [by_clip[clip] for clip, _, _ in _PAIRS.values()]
     pairs = {}
     for (name, (_, _, why)), ddpm, ddim in zip(_PAIRS.items(), all_ddpm, all_ddim, strict=True):
         pairs[name] = {
@@ -53,8 +57,8 @@ def equivalence(run: experiment.Run, *, num_images: int = 4, seed: int = 0, labe
     apart = np.abs(ddpm_row.astype(np.int16) - ddim_row).astype(np.uint8)
     rows, columns = ["DDPM", "DDIM, eta 1", "difference"], [name.replace(", ", ",\n") for name in _PAIRS]
     numbers: dict[str, Any] = {"num_steps": steps, "pairs": pairs, "variances": _variance_numbers(run.config)}
-    summary = "largest difference: " + "; ".join(
-        f"{name} {pair['largest_difference']:.2g}: {pair['why']}" for name, pair in pairs.items()
+    summary = "\n".join(
+        f"{name}: largest difference {pair['largest_difference']:.2g}; {pair['why']}" for name, pair in pairs.items()
     )
     return Study(tiled(np.stack([ddpm_row, ddim_row, apart])), rows, columns, numbers, summary)
 

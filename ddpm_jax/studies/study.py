@@ -23,7 +23,7 @@ class Study(NamedTuple):
     rows: list[str]
     columns: list[str]
     numbers: dict[str, Any]
-    summary: str  # one line
+    summary: str  # a line, or a few
     frames: np.ndarray | None = None  # uint8 [F N H W channels], where something moves
 
 

@@ -17,9 +17,9 @@ def _eps_hat(alpha_bars, x_t, t, label=None):
 
 
 def run(**sampling) -> experiment.Run:
-    """T = 1000, gray 4x4."""
+    """T = 1000, gray 8x8."""
     config = Config(
-        data=DataConfig(source="", image_size=4, channels=1),
+        data=DataConfig(source="", image_size=8, channels=1),
         model=ModelConfig(base_channels=8, channel_mults=(1,), attention_resolutions=()),
         diffusion=DiffusionConfig(schedule="linear"),
         sampling=SamplingConfig(**{"num_steps": 20, "spacing": "trailing"} | sampling),

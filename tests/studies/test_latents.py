@@ -7,7 +7,7 @@ from exact import exact_x0, run
 
 from ddpm_jax import images, studies
 
-PIXELS = np.random.default_rng(0).integers(20, 200, (3, 4, 4, 1), np.uint8)
+PIXELS = np.random.default_rng(0).integers(20, 200, (3, 8, 8, 1), np.uint8)
 
 
 def test_the_error_of_reconstruction_falls_as_that_of_a_first_order_method():
@@ -21,7 +21,7 @@ def test_the_error_of_reconstruction_falls_as_that_of_a_first_order_method():
 
 def test_the_error_is_that_of_the_pictures_in_0_to_1():
     found = studies.reconstruct(run(), PIXELS, [10])
-    shown = found.pictures.reshape(3, 2, 2, 4, 4, 1)
+    shown = found.pictures.reshape(3, 2, 2, 8, 8, 1)
     np.testing.assert_array_equal(shown[:, 1, 0], PIXELS)
     assert (shown[:, 0, 0] == 255).all()
     of_pixels = np.mean(((shown[:, 1, 1].astype(float) - PIXELS) / 255) ** 2)
@@ -30,7 +30,7 @@ def test_the_error_is_that_of_the_pictures_in_0_to_1():
 
 
 def test_interpolation_takes_the_flow_from_each_point_of_both_ways():
-    exact = run(num_steps=400, clip_x0=False)
+    exact = run(num_steps=200, clip_x0=False)
     found = studies.interpolate(exact, 5, seed=3)
     a, b = np.asarray(studies.drawn_start(exact, 2, 3).x_T)[:2]
     for i, w in enumerate(found.numbers["weights"]):
@@ -46,7 +46,7 @@ def test_interpolation_takes_the_flow_from_each_point_of_both_ways():
 
 def test_a_mix_begins_at_one_picture_and_ends_at_the_other():
     found = studies.mix(run(num_steps=200), PIXELS[:2], [0.0, 0.5, 1.0])
-    assert found.pictures.shape == (1, 5, 4, 4, 1)
+    assert found.pictures.shape == (1, 5, 8, 8, 1)
     a, at_0, half, at_1, b = found.pictures[0].astype(int)
     np.testing.assert_array_equal([a, b], PIXELS[:2])
     np.testing.assert_allclose(at_0, a, atol=8)

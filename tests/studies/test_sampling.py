@@ -11,15 +11,15 @@ from ddpm_jax.config import ConfigError
 
 def test_every_cell_of_the_grid_starts_from_the_same_noise():
     exact = run(clip_x0=False)
-    found = studies.eta_by_steps(exact, [0.0, 1.0, "ddpm"], [10, 300], num_images=4, seed=2)
-    assert found.pictures.shape == (3, 2, 8, 8, 1)
-    assert (found.rows, found.columns) == (["eta 0", "eta 1", "DDPM, large"], ["10 steps", "300 steps"])
+    found = studies.eta_by_steps(exact, [0.0, 1.0, "ddpm"], [10, 200], num_images=4, seed=2)
+    assert found.pictures.shape == (3, 2, 16, 16, 1)
+    assert (found.rows, found.columns) == (["eta 0", "eta 1", "DDPM, large"], ["10 steps", "200 steps"])
     x_T = np.asarray(studies.drawn_start(exact, 4, 2).x_T)[:4]
     limit = images.to_uint8(np.asarray(exact_x0(exact.schedule, x_T)))
-    np.testing.assert_allclose(found.pictures[0, 1].astype(int), images.grid(limit, padding=0, scale=1), atol=3)
+    np.testing.assert_allclose(found.pictures[0, 1].astype(int), images.grid(limit, padding=0, scale=1), atol=4)
     away = np.array(found.numbers["rms_difference_from_longest"])
     assert (away[:, 1] == 0).all()
-    assert away[0, 0] < 0.1 < away[1, 0]  # eta 0 keeps its picture, eta 1 does not
+    assert away[0, 0] < 0.2 < away[1, 0]  # eta 0 keeps its picture, eta 1 does not
 
 
 def test_a_cell_is_what_sample_draws():
@@ -32,7 +32,7 @@ def test_a_cell_is_what_sample_draws():
 def test_few_steps_come_nearer_to_the_flow():
     exact = run(clip_x0=False, spacing="linspace")
     found = studies.few_steps(exact, [1, 5, 20, 100], num_images=3, seed=1)
-    assert found.pictures.shape == (4, 3, 4, 4, 1)
+    assert found.pictures.shape == (4, 3, 8, 8, 1)
     assert found.rows[0] == "1 step"
     assert found.numbers["spacings"] == ["trailing", *["linspace"] * 3]
     away = found.numbers["rms_difference_from_longest"]
@@ -50,8 +50,8 @@ def test_eta_0_ends_in_the_same_bits_whatever_the_key():
 
 def test_the_chain_shows_what_the_network_saw_and_guessed():
     found = studies.chain(run(num_steps=20, clip_x0=False), num_images=2, num_frames=10, num_columns=4)
-    assert found.frames.shape == (11, 4, 4, 4, 1)
-    assert found.pictures.shape == (4, 5, 4, 4, 1)
+    assert found.frames.shape == (11, 4, 8, 8, 1)
+    assert found.pictures.shape == (4, 5, 8, 8, 1)
     assert found.rows == ["x_t", "x0_hat"] * 2
     t = found.numbers["t"]
     assert (t[0], t[-1], found.columns[0], found.columns[-2:]) == (999, 49, "t = 999", ["t = 49", "x0"])
@@ -65,7 +65,7 @@ def test_the_chain_shows_what_the_network_saw_and_guessed():
 
 def test_forward_is_the_closed_form_with_one_noise():
     config = run().config
-    pixels = np.full((2, 4, 4, 1), 200, np.uint8)
+    pixels = np.full((2, 8, 8, 1), 200, np.uint8)
     found = studies.forward(config, pixels, seed=1)
     assert found.numbers["t"] == [0, 250, 500, 750, 999]
     betas = np.linspace(1e-4, 0.02, 1000)
