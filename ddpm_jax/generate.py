@@ -66,7 +66,7 @@ def draw_chain(
     """How the first images of ``draw`` emerge: x_t at ``num_frames`` even steps, then x0; uint8 [F + 1 N H W C]."""
     options = experiment.sampling_options(config)
     num_frames = min(num_frames, options["num_steps"])
-    x_T, keys, labels = next(_batches(config, mesh, num_images, seed, None, label))
+    x_T, keys, labels = noises(config, mesh, num_images=num_images, seed=seed, label=label)
     x0, trajectory = diffusion.sample(
         experiment.conditioned(denoise_fn, config, labels), schedule, x_T, keys, trajectory=num_frames, **options
     )
@@ -79,6 +79,16 @@ def labels_of(config: Config, numbers: np.ndarray, label: int | None = None) -> 
     if not config.model.num_classes:
         return None
     return numbers % config.model.num_classes if label is None else np.full_like(numbers, label)
+
+
+def noises(
+    config: Config, mesh: Mesh, *, num_images: int, seed: int, label: int | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """(x_T, keys, labels) that the first images of ``draw`` start from, at least ``num_images`` of each.
+
+    There are more where the devices do not divide them.
+    """
+    return next(_batches(config, mesh, num_images, seed, None, label))
 
 
 def num_batches(num_images: int, batch_size: int | None, mesh: Mesh) -> int:

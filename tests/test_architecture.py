@@ -24,6 +24,7 @@ HALL = {
     "program",
     "run_config",
     "setup",
+    "studies",
 }
 MAX_MODULE_LINES, MAX_FUNCTION_LINES = 350, 60
 
@@ -99,6 +100,10 @@ def test_only_data_imports_tensorflow_and_late():
     found = of("tensorflow") + of("tensorflow_datasets")
     assert [x for x in found if room(x.module) not in ("data", "evaluation")] == []
     assert [x for x in found if not x.late] == []
+
+
+def test_only_figures_imports_matplotlib_and_late():
+    assert {(x.module, x.late) for x in of("matplotlib")} == {("ddpm_jax.figures", True)}
 
 
 def test_only_one_module_imports_orbax():
@@ -179,7 +184,7 @@ from ddpm_jax import models
 assert not {{"tensorflow", "orbax", "torch"}} & set(sys.modules)
 for module in {list(MODULES)!r}:
     importlib.import_module(module)
-assert not {{"tensorflow", "tensorflow_datasets", "torch"}} & set(sys.modules)
+assert not {{"tensorflow", "tensorflow_datasets", "torch", "matplotlib"}} & set(sys.modules)
 from jax._src import xla_bridge
 assert not xla_bridge.backends_are_initialized()
 """

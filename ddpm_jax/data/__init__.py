@@ -1,6 +1,6 @@
 """Images in: sources, their order, and host batches. The only room that imports TensorFlow, and late."""
 
-from ddpm_jax.data.image_set import DataError, ImageSet
+from ddpm_jax.data.image_set import DataError, ImageSet, read_picture
 from ddpm_jax.data.order import batch_indices
 from ddpm_jax.data.pipeline import batches, index_batches
 from ddpm_jax.data.placement import device_batches, gather, put_images
@@ -17,4 +17,5 @@ __all__ = [
     "load",
     "needs_tensorflow",
     "put_images",
+    "read_picture",
 ]

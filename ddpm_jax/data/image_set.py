@@ -3,7 +3,8 @@
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from etils import epath
+from PIL import Image, ImageOps
 
 from ddpm_jax.progress import progress
 
@@ -21,6 +22,20 @@ class ImageSet(NamedTuple):
 
 class DataError(ValueError):
     """A user's mistake in `data.*`: one line that names the field, its value and the remedy."""
+
+
+def read_picture(path: str, image_size: int, channels: int) -> np.ndarray:
+    """One picture from a file of any kind that Pillow reads, upright and fitted as those of a folder: uint8 [S S C].
+
+    Raises:
+        DataError: the file is absent or no picture.
+    """
+    try:
+        with epath.Path(path).open("rb") as file, Image.open(file) as picture:
+            return fit_picture(ImageOps.exif_transpose(picture), image_size, channels)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path}: cannot be read as a picture ({reason}); give a PNG or JPEG file") from None
 
 
 def fit_picture(picture: Image.Image, image_size: int, channels: int) -> np.ndarray:

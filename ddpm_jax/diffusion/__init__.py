@@ -2,11 +2,12 @@
 
 ``from ddpm_jax import diffusion`` is what notebooks import. Modules, in the order in which to read them: ``schedule``,
 ``process``, ``losses``, ``spacing``, ``variance``, ``steps``, ``clipping``, ``samplers``, ``inversion``,
-``guidance``, ``likelihood``.
+``interpolation``, ``guidance``, ``likelihood``.
 """
 
 from ddpm_jax.diffusion.clipping import check_thresholds, threshold
 from ddpm_jax.diffusion.guidance import guided
+from ddpm_jax.diffusion.interpolation import slerp
 from ddpm_jax.diffusion.inversion import invert
 from ddpm_jax.diffusion.likelihood import Bound, decoder_term, prior_term, step_term, variational_bound
 from ddpm_jax.diffusion.losses import LOSSES, WEIGHTS, loss, target, variance_loss, weight
@@ -67,6 +68,7 @@ __all__ = [
     "sample",
     "schedule_betas",
     "schedule_from_betas",
+    "slerp",
     "split_output",
     "step_term",
     "target",
