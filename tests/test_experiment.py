@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax import diffusion, experiment, models, training
+from ddpm_jax import diffusion, experiment, models, objective, training
 from ddpm_jax.config import Config, ConfigError, DataConfig, DiffusionConfig, ModelConfig, OptimizerConfig, TrainConfig
 from ddpm_jax.experiment import RunError
 
@@ -52,7 +52,7 @@ def ask(config, count=8, seed=0, answer=0.0, labels=None):
     schedule = experiment.make_schedule(config)
     batch = {"image": jnp.asarray(images_of(count))} | ({} if labels is None else {"label": jnp.asarray(labels)})
     keys = jax.random.split(jax.random.key(seed), count)
-    loss, sums = experiment.make_loss_fn(config, spy, schedule)({"w": 1}, batch, keys)
+    loss, sums = objective.make_loss_fn(config, spy, schedule)({"w": 1}, batch, keys)
     return spy.calls[0], float(loss), sums
 
 
@@ -112,12 +112,17 @@ def test_a_learned_variance_adds_its_own_loss_and_channels():
     settings.learned_variance = True
     model = experiment.make_model(config)
     params = experiment.make_init_fn(config, model)(jax.random.key(0))
-    assert experiment.make_denoise_fn(model, params)(x0, call["t"]).shape == (16, SIZE, SIZE, 2)
+    assert experiment.make_denoise_fn(model, params, experiment.make_schedule(config))(x0, call["t"]).shape == (
+        16,
+        SIZE,
+        SIZE,
+        2,
+    )
 
 
 def test_an_example_s_draw_depends_on_its_own_key():
     spy, config = Spy(), tiny()
-    loss_fn = experiment.make_loss_fn(config, spy, experiment.make_schedule(config))
+    loss_fn = objective.make_loss_fn(config, spy, experiment.make_schedule(config))
     batch, keys = {"image": jnp.asarray(images_of(6))}, jax.random.split(jax.random.key(0), 6)
     loss_fn({}, batch, keys)
     loss_fn({}, {"image": batch["image"][2:4]}, keys[2:4])
@@ -211,7 +216,7 @@ def test_any_module_is_a_network_with_one_line_in_the_dictionary(monkeypatch):
     config = tiny(data=DataConfig(image_size=SIZE, channels=3), model=model)
     network = experiment.make_model(config)
     assert (type(network), network.out_channels, network.base_channels) == (Pointwise, 3, 8)
-    denoise_fn = experiment.make_denoise_fn(network, {})
+    denoise_fn = experiment.make_denoise_fn(network, {}, experiment.make_schedule(config))
     np.testing.assert_array_equal(
         denoise_fn(jnp.ones((1, 2, 2, 3)), jnp.zeros(1, jnp.int32)), 8 * np.ones((1, 2, 2, 3))
     )
