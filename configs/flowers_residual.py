@@ -11,8 +11,8 @@ Ports of it fail with pictures that stay noise or turn black, for one of these r
 
 * x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps. Without the first factor the network is trained on images that no
   chain ever meets.
-* the batch norms are group norms: the average of the weights has no batch statistics of its own, and copies that are
-  never updated (mean 0, variance 1) make its pictures black after enough epochs.
+* the batch norms are group norms: the average of the weights has no batch statistics of its own, and with those that
+  it was made with (mean 0, variance 1), never updated, its pictures go black while the loss falls.
 * alpha_bar is a function of each example's own time. A cumulative product over a batch of random times is none.
 * the frequencies of the noise embedding go to 1000 in one place, and the absolute error is trained and reported.
 

@@ -175,15 +175,9 @@ def image_shape(config: Config) -> tuple[int, int, int]:
 
 
 def make_normalizer(config: Config) -> normalizer_lib.Normalizer:
-    """What is between uint8 images and x0; the identity on [-1, 1] with ``data.normalizer="none"``.
-
-    Raises:
-        ConfigError: mean_std whose numbers have not been measured yet; ``train`` does that, and a run keeps them.
-    """
+    """What is between uint8 images and x0. Raises ConfigError where its numbers have not been measured yet."""
     if config_lib.needs_measuring(config):
-        raise ConfigError(
-            "config.data.mean=(): must be measured for data.normalizer='mean_std'; train, or give numbers"
-        )
+        raise ConfigError("config.data.mean=(): data.normalizer='mean_std' needs it, and std; train to measure them")
     if config.data.normalizer == "none":
         return normalizer_lib.IDENTITY
     return normalizer_lib.Normalizer(tuple(config.data.mean), tuple(config.data.std))

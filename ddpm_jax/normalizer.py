@@ -83,10 +83,12 @@ def check(kind: str, mean: Sequence[float], std: Sequence[float], channels: int)
     for field, values in (("mean", mean), ("std", std)):
         if kind == "none" and values:
             raise ValueError(f"data.{field}={tuple(values)}: is of data.normalizer='mean_std'; choose that, or use ()")
-        if len(values) not in (0, channels) or len(mean) != len(std):
-            raise ValueError(
-                f"data.{field}={tuple(values)}: needs one number for each of the {channels} channels, or () in both "
-                "mean and std, which are then measured"
-            )
-    if not all(0 < x < math.inf for x in std) or not all(map(math.isfinite, mean)):
-        raise ValueError(f"data.std={tuple(std)}: must be positive, and data.mean={tuple(mean)} finite")
+    if len(mean) not in (0, channels) or len(mean) != len(std):
+        raise ValueError(
+            f"data.mean={tuple(mean)}, data.std={tuple(std)}: need one number for each of the {channels} channels, or "
+            "() in both, which are then measured"
+        )
+    if not all(0 < x < math.inf for x in std):
+        raise ValueError(f"data.std={tuple(std)}: must be positive")
+    if not all(map(math.isfinite, mean)):
+        raise ValueError(f"data.mean={tuple(mean)}: must be finite")
