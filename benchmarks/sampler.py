@@ -32,7 +32,7 @@ def main() -> None:
     config = network.make_config(args)
     model, schedule = experiment.make_model(config), experiment.make_schedule(config)
     params = jax.jit(experiment.make_init_fn(config, model))(jax.random.key(0))
-    denoise_fn = experiment.make_denoise_fn(model, params)
+    denoise_fn = experiment.make_denoise_fn(model, params, schedule)
     x_T = jax.random.normal(jax.random.key(1), (args.batch, *experiment.image_shape(config)))
     keys = jax.random.split(jax.random.key(2), args.batch)  # one an image, as `generate.draw` does
     t = jnp.full(x_T.shape[:1], 500)

@@ -45,7 +45,7 @@ def our_steps(config: Config) -> tuple[dict[str, Callable[[], object]], float, i
     """The two steps, the FLOPs of a forward pass as XLA counts them, and the number of parameters."""
     trainer = network.Trainer(config)
     params = jax.tree.map(jnp.copy, trainer.state.ema_params)  # the state is donated to every step
-    denoise_fn = experiment.make_denoise_fn(trainer.setup.model, params)
+    denoise_fn = experiment.make_denoise_fn(trainer.setup.model, params, trainer.setup.schedule)
     x_t = jax.random.normal(jax.random.key(1), (config.train.batch_size, *experiment.image_shape(config)))
     t = jnp.full(x_t.shape[:1], 500)
     # Parameters are arguments, as in the sampler; `denoise_fn` is a pytree.

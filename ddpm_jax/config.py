@@ -7,9 +7,12 @@ import dataclasses
 import warnings
 from typing import Any
 
-from ddpm_jax import diffusion
+from ddpm_jax import diffusion, normalizer
 from ddpm_jax.fields import brief, flat, get, names_of, nearest, type_error
 from ddpm_jax.limits import CHOICES, NOT_NEGATIVE, POSITIVE, SHARES
+
+# Written out, as the choices of model.kind are: this module is to be imported without Flax.
+NOISE_LEVEL_NETWORKS = ("residual_unet",)
 
 
 class ConfigError(ValueError):
@@ -26,6 +29,9 @@ class DataConfig:
     image_size: int = 32  # height and width after a centre crop
     channels: int = 3  # 1 or 3
     random_flip: bool = False  # left to right, half of the images
+    normalizer: str = "none"  # or mean_std: x0 = (x - mean) / std of images x in [-1, 1], channel by channel
+    mean: tuple[float, ...] = ()  # of mean_std, and so is std; left out, a new run measures them in its images
+    std: tuple[float, ...] = ()
     placement: str = "host"  # host: tf.data or numpy serve batches; device: the whole set lies in accelerator memory
 
 
@@ -33,7 +39,7 @@ class DataConfig:
 class ModelConfig:
     """The network; see its class in ``models``. A setting that it does not have stays at its default."""
 
-    kind: str = "unet"  # or linear_attention_unet
+    kind: str = "unet"  # unet, linear_attention_unet or residual_unet
     base_channels: int = 128
     channel_mults: tuple[int, ...] = (1, 2, 2, 2)
     num_res_blocks: int = 2
@@ -68,6 +74,7 @@ class DiffusionConfig:
     beta_end: float = 0.02
     betas: tuple[float, ...] = ()  # one a timestep, for the schedule "table"
     rescale_zero_snr: bool = False  # the chain ends in pure noise
+    time: str = "discrete"  # or continuous: the loss draws noise levels between those of the T timesteps, too
     prediction: str = "eps"  # eps, x0 or v
     loss: str = "l2"  # l1, l2 or huber
     loss_weight: str = "uniform"  # uniform, min_snr or p2
@@ -238,11 +245,18 @@ def _check_chains(config: Config) -> None:
     if sampling.end == "first" and sampling.method != "ddim":
         raise ConfigError(f"config.sampling.end='first': is of ddim, not of {sampling.method!r}; use clean")
     settings = config.diffusion
+    if settings.time == "continuous" and config.model.kind not in NOISE_LEVEL_NETWORKS:
+        raise ConfigError(
+            f"config.diffusion.time='continuous': the network {config.model.kind!r} is told the timestep, a whole "
+            f"number; use discrete, or config.model.kind={NOISE_LEVEL_NETWORKS[0]!r}"
+        )
     try:
         betas = diffusion.schedule_betas(settings.schedule, **schedule_options(settings))
         t, _ = diffusion.timestep_plan(settings.num_timesteps, sampling.num_steps, **plan_options(sampling))
         diffusion.check_variance(sampling.variance, settings.learned_variance)
         diffusion.check_thresholds(sampling.clip_x0, sampling.dynamic_threshold or None, sampling.max_threshold or None)
+        diffusion.check_time(settings.time, settings.schedule, settings.rescale_zero_snr, settings.learned_variance)
+        normalizer.check(config.data.normalizer, config.data.mean, config.data.std, config.data.channels)
     except ValueError as error:
         raise ConfigError(f"config.{error}") from None
     if betas[-1] == 1:
@@ -274,6 +288,22 @@ def schedule_options(settings: DiffusionConfig) -> dict[str, Any]:
 def plan_options(settings: SamplingConfig) -> dict[str, Any]:
     """The arguments of ``diffusion.timestep_plan`` after the two lengths."""
     return {"spacing": settings.spacing, "offset": settings.steps_offset, "end": settings.end}
+
+
+def needs_measuring(config: Config) -> bool:
+    """Whether the numbers of the normaliser are still to be taken from the images."""
+    return config.data.normalizer == "mean_std" and not config.data.mean
+
+
+def with_normalizer(config: Config, mean: tuple[float, ...], std: tuple[float, ...]) -> Config:
+    """A copy of the config with these numbers of its normaliser."""
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, mean=mean, std=std))
+
+
+def with_stand_in_normalizer(config: Config) -> Config:
+    """A config whose train step can be compiled: numbers not yet measured are 0 and 1, which change no shape."""
+    channels = config.data.channels
+    return with_normalizer(config, (0.0,) * channels, (1.0,) * channels) if needs_measuring(config) else config
 
 
 def to_dict(config: Config) -> dict[str, Any]:

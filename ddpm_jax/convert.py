@@ -94,6 +94,11 @@ def _to_diffusers() -> None:
         raise ConfigError("--out is missing: the folder to write, such as --out pipeline")
     run = experiment.load(FLAGS.workdir, weights=FLAGS.weights, step=FLAGS.step)
     config = run.config
+    if config.data.normalizer != "none":
+        raise ConfigError(
+            f"config.data.normalizer={config.data.normalizer!r}: diffusers' pipelines know images in [-1, 1] only; "
+            "this run cannot be written as one"
+        )
     diffusers.save_pipeline(
         FLAGS.out,
         experiment.make_model(config),

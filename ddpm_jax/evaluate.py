@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from ddpm_jax import data, diffusion, experiment, generate, images, program, training
+from ddpm_jax import data, diffusion, experiment, generate, images, normalizer, program, training
 from ddpm_jax.config import Config, ConfigError
 from ddpm_jax.progress import progress
 
@@ -80,7 +80,7 @@ def bits_per_dim(
             numbers = np.minimum(np.arange(first, first + size), len(image) - 1)
             keys = jax.device_put(jax.vmap(lambda i: jax.random.fold_in(key, i))(numbers), sharding)
             labels = None if label is None else jax.device_put(label[numbers], sharding)
-            x0 = images.to_float(jax.device_put(image[numbers], sharding))
+            x0 = normalizer.normalize(experiment.make_normalizer(run.config), jax.device_put(image[numbers], sharding))
             bound = _bound(run, x0, keys, labels, lambda _: bar.update(1))
             parts.append(jax.tree.map(generate.fetch, bound))
     joined: list[Any] = [np.concatenate(part, axis=-1)[..., : len(image)] for part in zip(*parts, strict=True)]
@@ -97,6 +97,7 @@ def _bound(run: experiment.Run, x0: Any, keys: Any, labels: Any, on_step: Any) -
         variance=options["variance"],
         prediction=options["prediction"],
         clip_x0=options["clip_x0"],
+        bounds=normalizer.clip_bounds(experiment.make_normalizer(run.config)),
         on_step=on_step,
     )
 

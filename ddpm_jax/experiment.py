@@ -1,4 +1,4 @@
-"""Config -> network, schedule, loss, denoiser, optimizer: the one place where the rooms meet."""
+"""Config -> network, schedule, denoiser, optimizer: the one place where the rooms meet."""
 
 import dataclasses
 import json
@@ -17,6 +17,7 @@ from jax.tree_util import Partial
 
 from ddpm_jax import config as config_lib
 from ddpm_jax import diffusion, images, models, training
+from ddpm_jax import normalizer as normalizer_lib
 from ddpm_jax.config import Config, ConfigError
 from ddpm_jax.fields import differences
 
@@ -25,7 +26,7 @@ IDENTITY_FIELDS = [
     field
     for field in config_lib.field_names()
     if field.startswith(("model.", "diffusion.")) and field not in ("model.attention", "model.dropout")
-] + ["data.image_size", "data.channels"]
+] + ["data.image_size", "data.channels", "data.normalizer", "data.mean", "data.std"]
 
 _NOT_THE_NETWORK_S = ("kind", "label_dropout")  # of the fields of config.model
 
@@ -98,49 +99,15 @@ def make_init_fn(config: Config, model: models.Network) -> Callable[[jax.Array],
 
     def init_fn(key: jax.Array) -> training.Params:
         x_t = jnp.zeros((1, *image_shape(config)))
-        return model.init(key, x_t, jnp.zeros((1,), jnp.int32))["params"]
+        time = jnp.zeros((1,), jnp.float32 if models.takes_noise_level(model) else jnp.int32)
+        return model.init(key, x_t, time)["params"]
 
     return init_fn
 
 
-def make_loss_fn(config: Config, model: models.Network, schedule: diffusion.Schedule) -> training.LossFn:
-    """``loss_fn(params, batch, keys) -> (loss, sums)`` of a batch of uint8 images, one key an example.
-
-    The sums are those of the loss and of the number of examples in each quarter of the range of t, [4] each.
-    """
-    settings = config.diffusion
-    num_timesteps = settings.num_timesteps
-
-    def draw(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        t_key, eps_key, label_key, dropout_key = jax.random.split(key, 4)
-        t = jax.random.randint(t_key, (), 0, num_timesteps)
-        eps = jax.random.normal(eps_key, image_shape(config))
-        return t, eps, jax.random.bernoulli(label_key, config.model.label_dropout), dropout_key
-
-    def loss_fn(params: training.Params, batch: training.Batch, keys: jax.Array) -> tuple[jax.Array, training.Metrics]:
-        t, eps, unlabelled, dropout_keys = jax.vmap(draw)(keys)
-        x0 = images.to_float(batch["image"])
-        x_t = diffusion.q_sample(schedule, x0, t, eps)
-        label = None
-        if config.model.num_classes:
-            label = jnp.where(unlabelled, config.model.num_classes, batch["label"])
-        rngs = {"dropout": dropout_keys[0]}  # Linen draws one mask for the whole batch
-        applied: Any = model.apply({"params": params}, x_t, t, label, train=True, rngs=rngs)
-        output, variance_output = diffusion.split_output(applied, x_t)
-        target = diffusion.target(settings.prediction, schedule, x0, eps, t)
-        losses = diffusion.loss(settings.loss, output, target)
-        losses *= diffusion.weight(settings.loss_weight, settings.prediction, schedule, t)
-        if variance_output is not None:
-            losses += diffusion.variance_loss(schedule, settings.prediction, output, variance_output, x0, x_t, t)
-        quarter = jax.nn.one_hot(4 * t // num_timesteps, 4)
-        return losses.mean(), {"loss_sums": (losses[:, None] * quarter).sum(0), "loss_counts": quarter.sum(0)}
-
-    return loss_fn
-
-
-def make_denoise_fn(model: models.Network, params: training.Params) -> Partial:
+def make_denoise_fn(model: models.Network, params: training.Params, schedule: diffusion.Schedule) -> Partial:
     """``denoise_fn(x_t, t, label=None)``, the network with its parameters; no label is the null label."""
-    return Partial(_Apply(model), params)
+    return Partial(_Apply(model), params, schedule)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,9 +117,20 @@ class _Apply:
     model: models.Network
 
     def __call__(
-        self, params: training.Params, x_t: jax.Array, t: jax.Array, label: jax.Array | None = None
+        self,
+        params: training.Params,
+        schedule: diffusion.Schedule,
+        x_t: jax.Array,
+        t: jax.Array,
+        label: jax.Array | None = None,
     ) -> jax.Array:
-        return self.model.apply({"params": params}, x_t, t, label)  # type: ignore[return-value]
+        time = network_time(self.model, schedule, t)
+        return self.model.apply({"params": params}, x_t, time, label)  # type: ignore[return-value]
+
+
+def network_time(model: models.Network, schedule: diffusion.Schedule, t: jax.Array) -> jax.Array:
+    """What the network is told in place of t, int32 [B]: t itself, or the noise level 1 - alpha_bar, float32 [B]."""
+    return diffusion.rates(schedule, t, t).noise_level if models.takes_noise_level(model) else t
 
 
 def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, training.LearningRate]:
@@ -196,9 +174,19 @@ def image_shape(config: Config) -> tuple[int, int, int]:
     return (config.data.image_size, config.data.image_size, config.data.channels)
 
 
+def make_normalizer(config: Config) -> normalizer_lib.Normalizer:
+    """What is between uint8 images and x0. Raises ConfigError where its numbers have not been measured yet."""
+    if config_lib.needs_measuring(config):
+        raise ConfigError("config.data.mean=(): data.normalizer='mean_std' needs it, and std; train to measure them")
+    if config.data.normalizer == "none":
+        return normalizer_lib.IDENTITY
+    return normalizer_lib.Normalizer(tuple(config.data.mean), tuple(config.data.std))
+
+
 def sampling_options(config: Config) -> dict[str, Any]:
     """The keyword arguments of ``diffusion.sample`` that a config decides."""
     settings = config.sampling
+    bounds = normalizer_lib.clip_bounds(make_normalizer(config), settings.clip_range)
     return {
         "method": settings.method,
         "num_steps": settings.num_steps,
@@ -207,7 +195,7 @@ def sampling_options(config: Config) -> dict[str, Any]:
         "eta": settings.eta,
         "variance": settings.variance,
         "prediction": config.diffusion.prediction,
-        "clip_x0": (-settings.clip_range, settings.clip_range) if settings.clip_x0 else False,
+        "clip_x0": bounds if settings.clip_x0 else False,
         "dynamic_threshold": settings.dynamic_threshold or None,
         "max_threshold": settings.max_threshold or None,
         "rederive_eps": settings.rederive_eps,
@@ -276,7 +264,8 @@ def load(workdir: str, weights: str = "ema", step: int | None = None) -> Run:
             raise RunError(str(error)) from None
     assert state is not None  # there are steps to choose from
     params = state.ema_params if weights == "ema" else state.params
-    return Run(config, make_schedule(config), make_denoise_fn(model, params), params)
+    schedule = make_schedule(config)
+    return Run(config, schedule, make_denoise_fn(model, params, schedule), params)
 
 
 def read_config(workdir: str) -> Config | None:
@@ -297,9 +286,8 @@ def check_workdir(workdir: str, config: Config) -> None:
 
     Other fields may change from one start to the next; what the data's order hangs on is named in a warning.
     """
-    existing = read_config(workdir)
-    checkpoints = epath.Path(workdir) / "checkpoints"
-    if existing is None or not checkpoints.exists() or not any(checkpoints.iterdir()):
+    existing = _trained_config(workdir)
+    if existing is None:
         return
     changed = differences(existing, config, ["seed", "train.batch_size", "data.source", "data.split"])
     if changed:
@@ -310,6 +298,20 @@ def check_workdir(workdir: str, config: Config) -> None:
             f"{workdir} holds a run of another model or diffusion ({'; '.join(differing)}); "
             "use another --workdir, or the same fields"
         )
+
+
+def with_normalizer_of_run(workdir: str, config: Config) -> Config:
+    """``config`` with the mean and std of the run in a workdir, where there is one and ``config`` leaves them out."""
+    existing = _trained_config(workdir)
+    if existing is None or not config_lib.needs_measuring(config) or config_lib.needs_measuring(existing):
+        return config
+    return config_lib.with_normalizer(config, existing.data.mean, existing.data.std)
+
+
+def _trained_config(workdir: str) -> Config | None:
+    """The config of the run in a workdir, where it has a checkpoint."""
+    checkpoints = epath.Path(workdir) / "checkpoints"
+    return read_config(workdir) if checkpoints.exists() and any(checkpoints.iterdir()) else None
 
 
 def check_new_workdir(workdir: str) -> None:

@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.tree_util import Partial
 
-from ddpm_jax import diffusion, experiment, images, training
+from ddpm_jax import diffusion, experiment, normalizer, training
 from ddpm_jax.config import Config
 
 _PICTURES = 0x1DEA  # folded into the key, so that no picture meets the noise that its run was trained with
@@ -48,7 +48,7 @@ def draw(
     parts = []
     for x_T, keys, labels in _batches(config, mesh, num_images, seed, batch_size, label):
         x0 = diffusion.sample(experiment.conditioned(denoise_fn, config, labels), schedule, x_T, keys, **options)
-        parts.append(fetch(images.to_uint8(x0)))
+        parts.append(fetch(_to_uint8(config, x0)))
     return np.concatenate(parts)[:num_images]
 
 
@@ -70,7 +70,7 @@ def draw_chain(
     x0, trajectory = diffusion.sample(
         experiment.conditioned(denoise_fn, config, labels), schedule, x_T, keys, trajectory=num_frames, **options
     )
-    frames = images.to_uint8(jnp.concatenate([trajectory.x_t, x0[None]]))
+    frames = _to_uint8(config, jnp.concatenate([trajectory.x_t, x0[None]]))
     return np.asarray(fetch(frames)[:, :num_images])
 
 
@@ -89,6 +89,10 @@ def noises(
     There are more where the devices do not divide them.
     """
     return next(_batches(config, mesh, num_images, seed, None, label))
+
+
+def _to_uint8(config: Config, x0: jax.Array) -> jax.Array:
+    return normalizer.denormalize(experiment.make_normalizer(config), x0)
 
 
 def num_batches(num_images: int, batch_size: int | None, mesh: Mesh) -> int:

@@ -1,16 +1,18 @@
 """What the fields of a config may be, as far as each can be judged alone."""
 
-from ddpm_jax import diffusion
+from ddpm_jax import diffusion, normalizer
 
 CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"),
     "data.channels": (1, 3),
     "data.placement": ("host", "device"),
+    "data.normalizer": normalizer.NORMALIZERS,
     "model.downsample_padding": (0, 1),
-    "model.kind": ("unet", "linear_attention_unet"),
+    "model.kind": ("unet", "linear_attention_unet", "residual_unet"),
     "model.block": (None, "convnext", "resnet"),
     "model.attention": ("xla", "cudnn"),
     "diffusion.schedule": (*diffusion.SCHEDULES, "table"),
+    "diffusion.time": diffusion.TIMES,
     "diffusion.prediction": diffusion.PREDICTIONS,
     "diffusion.loss": diffusion.LOSSES,
     "diffusion.loss_weight": diffusion.WEIGHTS,

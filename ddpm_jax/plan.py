@@ -70,7 +70,7 @@ def plan(config: Config, topology: str, what: str = "train") -> Plan:
     devices = _devices(topology)
     device = planning.device_of(topology.partition(":")[0])
     mesh = experiment.make_mesh(config, devices) if what == "train" else _sampling_mesh(config, devices)
-    setup = Setup(config, mesh)
+    setup = Setup(config_lib.with_stand_in_normalizer(config), mesh)
     arguments, jitted = (_train_step if what == "train" else _sampler)(setup)
     found: Plan = {
         "topology": topology,
@@ -141,7 +141,8 @@ def _sampler(setup: Setup) -> tuple[tuple[Any, ...], Any]:
     arrays = [jax.ShapeDtypeStruct(*shape, sharding=spread) for shape in shapes]
 
     def sample(params: Any, x_T: jax.Array, keys: jax.Array, labels: jax.Array | None = None) -> Any:
-        denoise_fn = experiment.conditioned(experiment.make_denoise_fn(setup.model, params), config, labels)
+        denoise_fn = experiment.make_denoise_fn(setup.model, params, setup.schedule)
+        denoise_fn = experiment.conditioned(denoise_fn, config, labels)
         return diffusion.sample(denoise_fn, setup.schedule, x_T, keys, **experiment.sampling_options(config))
 
     return (setup.abstract_state.params, *arrays), jax.jit(sample)

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ddpm_jax import data, experiment, training
+from ddpm_jax import data, experiment, objective, training
 from ddpm_jax.config import Config
 
 
@@ -25,7 +25,7 @@ class Setup:
             jax.tree.map(lambda x: x.sharding, self.abstract_state),
             {name: x.sharding for name, x in self.abstract_batch().items()},
             accumulate=config.train.accumulate,
-            loss_fn=experiment.make_loss_fn(config, self.model, self.schedule),
+            loss_fn=objective.make_loss_fn(config, self.model, self.schedule),
             optimizer=self.optimizer,
             learning_rate=learning_rate,
             ema_decay=config.optimizer.ema_decay,

@@ -18,7 +18,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import data, experiment, generate, images, program, training
+from ddpm_jax import data, experiment, generate, images, normalizer, program, training
 from ddpm_jax.config import Config, ConfigError
 from ddpm_jax.experiment import RunError
 from ddpm_jax.progress import progress
@@ -39,9 +39,14 @@ def train(config: Config, workdir: str) -> TrainState:
     config_lib.validate(config)
     experiment.use_compilation_cache(config)
     with training.stop_signal() as stop:
+        config = experiment.with_normalizer_of_run(workdir, config)
         experiment.check_workdir(workdir, config)
-        setup = Setup(config, experiment.make_mesh(config))
+        mesh = experiment.make_mesh(config)
+        setup = Setup(config_lib.with_stand_in_normalizer(config), mesh)  # so that a mistake shows before the images
         image_set = _load_images(config)
+        if config_lib.needs_measuring(config):
+            config = config_lib.with_normalizer(config, *_measured(image_set))
+            setup = Setup(config, mesh)
         with _open_checkpoints(config, workdir) as checkpoints:
             state = _restore_or_init(setup, checkpoints)
             experiment.write_config(workdir, config)
@@ -99,6 +104,13 @@ def _train_from(
                 with log.paused():
                     _write_samples(setup, state, workdir, writer)
     return state
+
+
+def _measured(image_set: data.ImageSet) -> normalizer.Normalizer:
+    try:
+        return normalizer.measure(image_set.images)
+    except ValueError as error:
+        raise ConfigError(f"config.{error}") from None
 
 
 def _load_images(config: Config) -> data.ImageSet:
@@ -176,7 +188,7 @@ def _write_samples(setup: Setup, state: TrainState, workdir: str, writer: traini
             drawn = generate.draw(
                 config,
                 setup.schedule,
-                experiment.make_denoise_fn(setup.model, params),
+                experiment.make_denoise_fn(setup.model, params, setup.schedule),
                 setup.mesh,
                 num_images=config.train.num_samples,
                 seed=config.seed,
@@ -202,7 +214,7 @@ def dry_run(config: Config) -> None:
     config_lib.validate(config)
     experiment.use_compilation_cache(config)
     mesh = experiment.make_mesh(config)
-    setup = Setup(config, mesh)
+    setup = Setup(config_lib.with_stand_in_normalizer(config), mesh)
     print(json.dumps(config_lib.to_dict(config), indent=2))
     _print_parameters(setup.abstract_state.params)
     print(f"\nmesh: {dict(mesh.shape)} of {mesh.size} {mesh.devices.flat[0].device_kind} device(s)")

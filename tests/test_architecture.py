@@ -21,6 +21,7 @@ HALL = {
     "config",
     "experiment",
     "generate",
+    "objective",
     "program",
     "run_config",
     "setup",
@@ -127,7 +128,7 @@ def test_diffusion_and_training_do_not_know_each_other():
 def test_arrows_run_one_way():
     up = HALL | PROGRAMS
     assert [x for x in within() if room(x.module) in ROOMS and room(x.target) in up] == []
-    below = ("diffusion", "fields", "limits")
+    below = ("diffusion", "fields", "limits", "normalizer")
     assert [x for x in within() if room(x.module) == "config" and room(x.target) not in below] == []
 
 

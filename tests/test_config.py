@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import re
 import warnings
 
@@ -29,6 +30,9 @@ mesh.data mesh.fsdp
 """.splitlines()
     for name in line.split()
 }
+
+
+CONTINUOUS = {"diffusion.time": "continuous", "model.kind": "residual_unet", "diffusion.schedule": "cosine"}
 
 
 def changed(fields: dict) -> Config:
@@ -88,6 +92,8 @@ def test_a_missing_field_takes_its_default_and_an_unknown_one_is_named():
         ({"model.block": "swin"}, "choose one of None, convnext, resnet"),
         ({"diffusion.schedule": "lienar"}, "choose one of linear, cosine"),
         ({"diffusion.prediction": "epsilon"}, "choose one of eps, x0, v"),
+        ({"diffusion.time": "real"}, "choose one of discrete, continuous"),
+        ({"data.normalizer": "zscore"}, "choose one of none, mean_std"),
         ({"diffusion.loss": "mse"}, "choose one of l1, l2, huber"),
         ({"diffusion.loss_weight": "snr"}, "choose one of uniform"),
         ({"optimizer.lr_decay": "linear"}, "choose one of constant, cosine"),
@@ -154,6 +160,16 @@ def test_a_missing_field_takes_its_default_and_an_unknown_one_is_named():
         ({"diffusion.betas": 0.1}, "must be tuple"),
         ({"diffusion.rescale_zero_snr": 1}, "must be bool, not int"),
         # what does not fit together
+        ({"diffusion.time": "continuous"}, "'unet' is told the timestep.*config.model.kind='residual_unet'"),
+        (CONTINUOUS | {"diffusion.schedule": "linear"}, "'linear' is a table of T .* cosine, offset_cosine"),
+        (CONTINUOUS | {"diffusion.rescale_zero_snr": True, "diffusion.prediction": "v"}, "rescales a table.*discrete"),
+        (CONTINUOUS | {"diffusion.learned_variance": True}, "between two timesteps; use discrete"),
+        ({"data.mean": (0.1,)}, "is of data.normalizer='mean_std'"),
+        ({"data.std": (0.1,)}, "is of data.normalizer='mean_std'"),
+        ({"data.normalizer": "mean_std", "data.mean": (0.1,), "data.std": (1.0,)}, "each of the 3 channels"),
+        ({"data.normalizer": "mean_std", "data.mean": (0.1,) * 3}, r"or \(\) in both"),
+        ({"data.normalizer": "mean_std", "data.std": (0.0,) * 3, "data.mean": (0.1,) * 3}, "must be positive"),
+        ({"data.normalizer": "mean_std", "data.std": (1.0,) * 3, "data.mean": (math.nan,) * 3}, "must be finite"),
         ({"model.channel_mults": ()}, "one positive factor"),
         ({"model.channel_mults": (1, 0)}, "one positive factor"),
         ({"data.image_size": 36}, "divisible by 8"),
@@ -213,6 +229,10 @@ def test_a_bad_value_is_refused_with_its_field_its_value_and_the_remedy(fields, 
         {"sampling.steps_offset": 19, "sampling.end": "first", "sampling.clip_range": 2},
         {"train.accumulate": 128},
         {"mesh.data": 2, "mesh.fsdp": 2},
+        {"data.normalizer": "mean_std"},  # measured when the run starts
+        {"data.normalizer": "mean_std", "data.mean": [0.1, 0.2, 0.3], "data.std": (1, 0.5, 0.2)},
+        {"model.kind": "residual_unet", "diffusion.time": "continuous", "diffusion.schedule": "cosine"},
+        {"model.kind": "residual_unet"},
     ],
     ids=str,
 )
@@ -289,5 +309,7 @@ def test_the_choices_of_the_network_are_the_networks_own():
     from ddpm_jax import models
 
     assert limits.CHOICES["model.kind"] == tuple(models.NETWORKS)
+    wanting = tuple(kind for kind, network in models.NETWORKS.items() if models.takes_noise_level(network))
+    assert wanting == config_lib.NOISE_LEVEL_NETWORKS
     assert limits.CHOICES["model.attention"] == models.ATTENTIONS
     assert limits.CHOICES["train.remat"] == models.REMATS

@@ -152,6 +152,29 @@ def test_fashion_mnist_is_the_annotated_diffusion_model_over_five_epochs():
     assert {field: values("fashion_mnist")[field] for field in expected} == expected
 
 
+def test_flowers_residual_is_the_write_ups_recipe():
+    expected = {
+        "data.source": "tfds:oxford_flowers102",
+        "data.image_size": 64,
+        "data.normalizer": "mean_std",
+        "model.kind": "residual_unet",
+        "model.base_channels": 32,
+        "model.channel_mults": (1, 2, 3, 4),
+        "model.num_res_blocks": 2,
+        "diffusion.schedule": "offset_cosine",
+        "diffusion.time": "continuous",
+        "diffusion.prediction": "eps",
+        "diffusion.loss": "l1",
+        "optimizer.learning_rate": 1e-3,
+        "optimizer.weight_decay": 1e-4,
+        "optimizer.ema_decay": 0.999,
+        "train.batch_size": 64,
+        "train.num_steps": 50 * (5 * 7385 // 64 + 1),
+        "sampling.spacing": "trailing",
+    }
+    assert {field: values("flowers_residual")[field] for field in expected} == expected
+
+
 @by_name
 def test_half_a_chain_remains_for_its_checkpoints_and_pictures(path):
     train = load(path).get_config().train

@@ -1,14 +1,15 @@
 """``python -m ddpm_jax.convert``: what is converted, every program works on."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from ddpm_jax import experiment
-from ddpm_jax.config import Config
+from ddpm_jax import convert, experiment
+from ddpm_jax.config import Config, ConfigError
 from ddpm_jax.interop import diffusers_scheduler, diffusers_unet
 from ddpm_jax.interop.diffusers import load_pipeline, save_pipeline
 from ddpm_jax.models import UNet
@@ -156,3 +157,12 @@ def test_sample_and_train_go_on_from_a_converted_workdir(results, run_program, p
     run = experiment.load(str(cwd / "w"), weights="raw")
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), run.params, params)
     assert 0 < max(jax.tree.leaves(moved)) < 0.01  # three steps of Adam away, and no further
+
+
+def test_a_run_with_a_normaliser_is_not_written_for_diffusers(monkeypatch):
+    config = Config()
+    config.data.normalizer = "mean_std"
+    monkeypatch.setattr(convert, "FLAGS", SimpleNamespace(out="y", workdir="w", weights="ema", step=None))
+    monkeypatch.setattr(experiment, "load", lambda *_, **__: experiment.Run(config, None, None, None))
+    with pytest.raises(ConfigError, match=r"^config\.data\.normalizer='mean_std': diffusers' pipelines know images in"):
+        convert._to_diffusers()

@@ -4,8 +4,10 @@ import json
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.tree_util import Partial
 
 from ddpm_jax import diffusion, evaluate, experiment, images
 
@@ -87,3 +89,21 @@ def test_it_is_the_bound_of_the_images_with_their_labels(results, trained, npz_p
     mine = evaluate.bits_per_dim(run, pixels[:3], labels[:3], seed=0, batch_size=2)
     assert mine.total.shape == (3,)
     assert math.isfinite(mine.total.sum())
+
+
+def test_the_bound_is_taken_in_the_units_of_the_normaliser(make_config, monkeypatch):
+    """A level of gray is as wide as it is there; ``decoder_term`` is tested in other units than [-1, 1]."""
+    seen = {}
+
+    def bound(denoise_fn, schedule, x0, keys, **options):
+        seen.update(options, x0=np.asarray(x0))
+        return diffusion.Bound(jnp.zeros(len(x0)), jnp.zeros((schedule.num_timesteps, len(x0))))
+
+    monkeypatch.setattr(diffusion, "variational_bound", bound)
+    config = make_config({"data.normalizer": "mean_std", "data.mean": (0.5,), "data.std": (0.25,)})
+    run = experiment.Run(config, experiment.make_schedule(config), Partial(lambda x_t, t, label: x_t), None)
+    pixels = np.arange(4 * 64, dtype=np.uint8).reshape(4, 8, 8, 1)
+    evaluate.bits_per_dim(run, pixels, np.zeros(4, np.int32), 0, 4)
+    np.testing.assert_allclose(seen["x0"], (pixels / 127.5 - 1 - 0.5) / 0.25, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(seen["bounds"], ([-6.0], [2.0]))
+    np.testing.assert_allclose(seen["clip_x0"], seen["bounds"])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ddpm_jax import config as config_lib
 from ddpm_jax import diffusion, experiment, models, training
 from ddpm_jax.config import Config, ConfigError, DataConfig, DiffusionConfig, ModelConfig, OptimizerConfig, TrainConfig
 from ddpm_jax.experiment import RunError
@@ -32,126 +33,9 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", before)
 
 
-class Spy:
-    """In the place of a network: keeps what it is asked, answers with a fixed array."""
-
-    def __init__(self, answer=0.0):
-        self.answer, self.calls = answer, []
-
-    def apply(self, variables, x_t, t, label, train, rngs):
-        self.calls.append({"x_t": x_t, "t": t, "label": label, "train": train, **variables, **rngs})
-        return jnp.zeros(x_t.shape) + self.answer
-
-
-def images_of(count):
-    return np.random.default_rng(0).integers(0, 256, (count, SIZE, SIZE, 1), dtype=np.uint8)
-
-
-def ask(config, count=8, seed=0, answer=0.0, labels=None):
-    spy = Spy(answer)
-    schedule = experiment.make_schedule(config)
-    batch = {"image": jnp.asarray(images_of(count))} | ({} if labels is None else {"label": jnp.asarray(labels)})
-    keys = jax.random.split(jax.random.key(seed), count)
-    loss, sums = experiment.make_loss_fn(config, spy, schedule)({"w": 1}, batch, keys)
-    return spy.calls[0], float(loss), sums
-
-
 def alpha_bars(config):
     count = config.diffusion.num_timesteps
     return np.cumprod(1 - np.linspace(1e-4, 0.02, count) * 1000 / count)
-
-
-# The loss
-
-
-@pytest.mark.parametrize("num_timesteps", [30, 100, 1000])
-def test_every_timestep_is_drawn_and_as_often_as_the_others(num_timesteps):
-    count = 200 * num_timesteps if num_timesteps < 1000 else 20_000
-    call, _, sums = ask(tiny(diffusion=DiffusionConfig(num_timesteps=num_timesteps)), count)
-    t = np.asarray(call["t"])
-    assert (t.min(), t.max(), t.dtype) == (0, num_timesteps - 1, np.int32)
-    counts = np.bincount(t, minlength=num_timesteps)
-    expected = count / num_timesteps
-    chi_squared = ((counts - expected) ** 2 / expected).sum()  # mean T - 1, variance 2 (T - 1)
-    assert abs(chi_squared - (num_timesteps - 1)) < 5 * math.sqrt(2 * (num_timesteps - 1))
-    np.testing.assert_array_equal(sums["loss_counts"], np.bincount(4 * t // num_timesteps, minlength=4))
-
-
-@pytest.mark.parametrize("weighting", ["uniform", "min_snr"])
-@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
-def test_the_loss_is_the_formula_s(prediction, weighting):
-    config = tiny(diffusion=DiffusionConfig(num_timesteps=100, prediction=prediction, loss_weight=weighting))
-    answer = np.random.default_rng(1).normal(size=(64, SIZE, SIZE, 1)).astype(np.float32)
-    call, loss, sums = ask(config, 64, answer=answer)
-    t, ab = np.asarray(call["t"]), alpha_bars(config)[np.asarray(call["t"])][:, None, None, None]
-    x0 = images_of(64) / 127.5 - 1
-    eps = (np.asarray(call["x_t"], np.float64) - np.sqrt(ab) * x0) / np.sqrt(1 - ab)
-    assert abs(eps.mean()) < 5 / math.sqrt(eps.size)
-    assert abs(eps.std() - 1) < 5 / math.sqrt(2 * eps.size)
-    target = {"eps": eps, "x0": x0, "v": np.sqrt(ab) * eps - np.sqrt(1 - ab) * x0}[prediction]
-    losses = ((answer - target) ** 2).mean((1, 2, 3))
-    if weighting == "min_snr":
-        snr = (ab / (1 - ab)).ravel()
-        losses *= np.minimum(snr, 5) / {"eps": snr, "x0": 1.0, "v": snr + 1}[prediction]
-    np.testing.assert_allclose(loss, losses.mean(), rtol=1e-3)
-    quarters = [losses[4 * t // 100 == i].sum() for i in range(4)]
-    np.testing.assert_allclose(sums["loss_sums"], quarters, rtol=2e-3)
-
-
-def test_a_learned_variance_adds_its_own_loss_and_channels():
-    settings = DiffusionConfig(num_timesteps=30, prediction="v", learned_variance=True)
-    config = tiny(diffusion=settings)
-    answer = np.random.default_rng(1).uniform(-1, 1, (16, SIZE, SIZE, 2)).astype(np.float32)
-    call, loss, _ = ask(config, 16, answer=answer)
-    settings.learned_variance = False
-    _, simple, _ = ask(config, 16, answer=answer[..., :1])
-    schedule, x0 = experiment.make_schedule(config), jnp.asarray(images_of(16) / 127.5 - 1, jnp.float32)
-    output, variance_output = jnp.split(jnp.asarray(answer), 2, axis=-1)
-    added = diffusion.variance_loss(schedule, "v", output, variance_output, x0, call["x_t"], call["t"])
-    assert loss == pytest.approx(simple + float(added.mean()), rel=1e-5)
-    settings.learned_variance = True
-    model = experiment.make_model(config)
-    params = experiment.make_init_fn(config, model)(jax.random.key(0))
-    assert experiment.make_denoise_fn(model, params)(x0, call["t"]).shape == (16, SIZE, SIZE, 2)
-
-
-def test_an_example_s_draw_depends_on_its_own_key():
-    spy, config = Spy(), tiny()
-    loss_fn = experiment.make_loss_fn(config, spy, experiment.make_schedule(config))
-    batch, keys = {"image": jnp.asarray(images_of(6))}, jax.random.split(jax.random.key(0), 6)
-    loss_fn({}, batch, keys)
-    loss_fn({}, {"image": batch["image"][2:4]}, keys[2:4])
-    for name in ("x_t", "t"):
-        np.testing.assert_array_equal(spy.calls[1][name], spy.calls[0][name][2:4])
-    noise = [np.asarray(x).tobytes() for x in spy.calls[0]["x_t"]]
-    assert len(set(noise)) == 6
-
-
-def test_the_network_is_asked_to_train():
-    call, _, _ = ask(tiny())
-    assert call["train"] is True
-    assert call["params"] == {"w": 1}
-    assert call["label"] is None
-    other, _, _ = ask(tiny(), seed=1)
-    assert (jax.random.key_data(call["dropout"]) != jax.random.key_data(other["dropout"])).any()
-
-
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
-def test_the_share_of_labels_that_are_dropped(share):
-    count, model = 8000, ModelConfig(base_channels=8, num_classes=5, label_dropout=share)
-    labels = np.arange(count) % 5
-    call, _, _ = ask(tiny(model=model), count, labels=labels)
-    found = np.asarray(call["label"])
-    dropped = found == 5
-    np.testing.assert_array_equal(found[~dropped], labels[~dropped])
-    assert abs(dropped.mean() - share) <= 5 * math.sqrt(share * (1 - share) / count)
-
-
-def test_labels_are_dropped_whatever_t_is():
-    model = ModelConfig(base_channels=8, num_classes=5, label_dropout=0.5)
-    call, _, _ = ask(tiny(model=model), 8000, labels=np.zeros(8000, np.int32))
-    correlation = np.corrcoef(np.asarray(call["t"]), np.asarray(call["label"]) == 5)[0, 1]
-    assert abs(correlation) < 5 / math.sqrt(8000)
 
 
 # Config -> parts
@@ -211,7 +95,7 @@ def test_any_module_is_a_network_with_one_line_in_the_dictionary(monkeypatch):
     config = tiny(data=DataConfig(image_size=SIZE, channels=3), model=model)
     network = experiment.make_model(config)
     assert (type(network), network.out_channels, network.base_channels) == (Pointwise, 3, 8)
-    denoise_fn = experiment.make_denoise_fn(network, {})
+    denoise_fn = experiment.make_denoise_fn(network, {}, experiment.make_schedule(config))
     np.testing.assert_array_equal(
         denoise_fn(jnp.ones((1, 2, 2, 3)), jnp.zeros(1, jnp.int32)), 8 * np.ones((1, 2, 2, 3))
     )
@@ -351,6 +235,21 @@ def test_a_plan_is_made_where_num_steps_and_spacing_do_not_say_it_all():
     assert options["clip_x0"] == (-0.5, 0.5)
     config.sampling.clip_x0 = False
     assert experiment.sampling_options(config)["clip_x0"] is False
+
+
+def test_the_normaliser_moves_black_and_white():
+    config = Config()
+    assert experiment.make_normalizer(config) == ((0.0,), (1.0,))
+    config.data.normalizer, config.sampling.clip_range = "mean_std", 0.5
+    with pytest.raises(ConfigError, match=r"^config\.data\.mean=\(\): .*train to measure"):
+        experiment.sampling_options(config)
+    stand_in = config_lib.with_stand_in_normalizer(config)
+    assert experiment.make_normalizer(stand_in) == ((0.0,) * 3, (1.0,) * 3)
+    config.data.mean, config.data.std = (0.5, 0.0, -0.5), (0.5, 1.0, 0.25)
+    assert config_lib.with_stand_in_normalizer(config) is config
+    low, high = experiment.sampling_options(config)["clip_x0"]
+    np.testing.assert_allclose(low, [-2, -0.5, 0])
+    np.testing.assert_allclose(high, [0, 0.5, 4])
 
 
 def test_a_workdir_of_another_network_or_diffusion_is_refused(tmp_path):

@@ -50,6 +50,38 @@ def test_a_picture_depends_on_the_seed_and_its_number_alone(draw, fields):
     np.testing.assert_allclose(fewer.astype(int), pictures[:3], atol=1)
 
 
+def standard_normal(alpha_bars, x_t, t):
+    """eps_hat for x0 ~ N(0, I): sqrt(1 - alpha_bar) x_t, the exact one."""
+    return jnp.sqrt(1 - alpha_bars[t])[:, None, None, None] * x_t
+
+
+@pytest.mark.parametrize("num_steps", [1, 3, 5, 10, 20, 100])
+def test_normalised_pictures_in_few_steps_or_many(draw, num_steps):
+    """Each DDIM step multiplies x by the cosine of the angle that it turns; the pictures are std x0 + mean."""
+    start, end = np.arccos(0.95), np.arccos(0.02)
+    angles = start + (end - start) * np.round(np.arange(100, 0, -100 / num_steps) - 1) / 99
+    scale = np.cos(np.diff(np.append(angles, 0.0))).prod()
+    fields = {"data.normalizer": "mean_std", "data.mean": (0.1,), "data.std": (0.2,), "sampling.clip_x0": False}
+    fields |= {"diffusion.schedule": "offset_cosine", "diffusion.num_timesteps": 100, "sampling.num_steps": num_steps}
+    pictures = draw(
+        Partial(standard_normal, jnp.asarray(np.cos(start + (end - start) * np.arange(100) / 99) ** 2)),
+        fields | {"sampling.spacing": "trailing"},
+        num_images=200,
+    )
+    found = pictures / 127.5 - 1
+    assert found.mean() == pytest.approx(0.1, abs=5 * 0.2 / np.sqrt(found.size))
+    assert found.std() == pytest.approx(0.2 * scale, rel=0.03, abs=0.003)
+
+
+def test_normalised_predictions_are_clipped_to_black_and_white(draw):
+    def far(scale, x_t, t):
+        return scale * jnp.ones_like(x_t)
+
+    fields = {"data.normalizer": "mean_std", "data.mean": (0.5,), "data.std": (0.1,), "diffusion.prediction": "x0"}
+    for scale, pixel in ((0.0, round(1.5 * 127.5)), (-30.0, 0), (30.0, 255)):  # black is -15, white is 5
+        assert set(draw(Partial(far, jnp.float32(scale)), fields, num_images=2).ravel()) == {pixel}
+
+
 def test_seeds_share_no_picture(draw):
     pictures = np.concatenate([draw(num_images=4, seed=seed) for seed in (0, 1, 2)])
     assert len(np.unique(pictures, axis=0)) == 12

@@ -1,5 +1,6 @@
 """Whole trainings: what a run leaves behind, how it stops, and how it goes on."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -212,6 +213,37 @@ def test_a_finished_run_is_left_alone_but_for_its_missing_pictures(trained, make
     before, after = files_of(trained.workdir), files_of(workdir)
     assert {name for name in after if not name.startswith("tensorboard") and after[name] != before.get(name)} == set()
     assert set(before) <= set(after)
+
+
+def test_a_run_measures_its_normaliser_once_and_keeps_it(stub, make_config, npz_path, tmp_path):
+    """The numbers are those of the images that it began with, whatever it is continued with."""
+    fields, workdir = {"train.num_steps": 2, "data.normalizer": "mean_std"}, str(tmp_path / "run")
+    config = make_config(fields)
+    train.train(config, workdir)
+    with np.load(npz_path) as archive:
+        x = archive["images"] / 127.5 - 1
+        np.savez(tmp_path / "dark.npz", images=archive["images"] // 4, labels=archive["labels"])
+    kept = experiment.read_config(workdir).data
+    np.testing.assert_allclose((kept.mean, kept.std), ([x.mean()], [x.std()]), rtol=1e-9)
+    assert config == make_config(fields)  # the caller's own is left alone
+    dark = {"data.source": f"npz:{tmp_path / 'dark.npz'}", "train.num_steps": 3}
+    with pytest.warns(UserWarning, match="other batches"):
+        train.train(make_config(fields | dark), workdir)
+    assert experiment.read_config(workdir).data == dataclasses.replace(kept, source=dark["data.source"])
+    for other, words in (
+        ({"data.mean": (0.0,), "data.std": (1.0,)}, r"data\.mean: .* != \(0\.0,\)"),
+        ({"data.normalizer": "none"}, "data.normalizer: 'mean_std' != 'none'"),
+    ):
+        with pytest.raises(RunError, match=words):
+            train.train(make_config(fields | other), workdir)
+
+
+def test_images_without_contrast_have_no_normaliser(stub, make_config, tmp_path):
+    np.savez(tmp_path / "gray.npz", images=np.full((9, 8, 8), 7, np.uint8), labels=np.zeros(9, int))
+    fields = {"data.normalizer": "mean_std", "data.source": f"npz:{tmp_path / 'gray.npz'}"}
+    with pytest.raises(ConfigError, match=r"^config\.data\.normalizer='mean_std': channel 0 is the same"):
+        train.train(make_config(fields), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_may_be_prolonged(stub, make_config, tmp_path):

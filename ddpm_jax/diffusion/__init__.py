@@ -1,11 +1,12 @@
 """The mathematics of denoising diffusion: pure functions over jax arrays, without a network.
 
 ``from ddpm_jax import diffusion`` is what notebooks import. Modules, in the order in which to read them: ``schedule``,
-``process``, ``losses``, ``spacing``, ``variance``, ``steps``, ``clipping``, ``samplers``, ``inversion``,
-``interpolation``, ``guidance``, ``likelihood``.
+``continuous``, ``process``, ``losses``, ``spacing``, ``variance``, ``steps``, ``clipping``, ``samplers``,
+``inversion``, ``interpolation``, ``guidance``, ``likelihood``.
 """
 
 from ddpm_jax.diffusion.clipping import check_thresholds, threshold
+from ddpm_jax.diffusion.continuous import TIMES, check_time, schedule_at
 from ddpm_jax.diffusion.guidance import guided
 from ddpm_jax.diffusion.interpolation import slerp
 from ddpm_jax.diffusion.inversion import invert
@@ -18,6 +19,7 @@ from ddpm_jax.diffusion.schedule import (
     Schedule,
     ScheduleWarning,
     make_schedule,
+    rates,
     rescale_zero_snr,
     schedule_betas,
     schedule_from_betas,
@@ -40,6 +42,7 @@ __all__ = [
     "PREDICTIONS",
     "SCHEDULES",
     "SPACINGS",
+    "TIMES",
     "VARIANCES",
     "WEIGHTS",
     "Bound",
@@ -47,6 +50,7 @@ __all__ = [
     "ScheduleWarning",
     "Trajectory",
     "check_thresholds",
+    "check_time",
     "check_variance",
     "ddim_step",
     "ddpm_step",
@@ -64,8 +68,10 @@ __all__ = [
     "posterior_variance",
     "prior_term",
     "q_sample",
+    "rates",
     "rescale_zero_snr",
     "sample",
+    "schedule_at",
     "schedule_betas",
     "schedule_from_betas",
     "slerp",

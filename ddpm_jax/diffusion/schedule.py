@@ -15,6 +15,8 @@ import numpy as np
 
 # Sampling starts from N(0, I), so the chain should end there: a signal rate above this is worth a warning.
 MAX_FINAL_SIGNAL_RATE = 0.03
+COSINE_OFFSET = 0.008  # of cosine
+MAX_SIGNAL_RATE, MIN_SIGNAL_RATE = 0.95, 0.02  # of offset_cosine
 
 
 class ScheduleWarning(UserWarning):
@@ -234,12 +236,12 @@ def _sigmoid(num_timesteps: int, beta_start: float, beta_end: float) -> np.ndarr
 
 def _cosine(num_timesteps: int, beta_start: float, beta_end: float) -> np.ndarray:
     u = np.arange(num_timesteps + 1) / num_timesteps
-    alpha_bars = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
+    alpha_bars = np.cos((u + COSINE_OFFSET) / (1 + COSINE_OFFSET) * np.pi / 2) ** 2
     return np.minimum(1 - alpha_bars[1:] / alpha_bars[:-1], 0.999)
 
 
 def _offset_cosine(num_timesteps: int, beta_start: float, beta_end: float) -> np.ndarray:
-    start, end = math.acos(0.95), math.acos(0.02)
+    start, end = math.acos(MAX_SIGNAL_RATE), math.acos(MIN_SIGNAL_RATE)
     alpha_bars = np.cos(start + (end - start) * np.arange(num_timesteps) / max(num_timesteps - 1, 1)) ** 2
     return 1 - alpha_bars / np.concatenate([[1.0], alpha_bars[:-1]])
 

@@ -1,14 +1,36 @@
 """Flax Linen networks: ``model.apply({"params": params}, x_t, t, label, train=False)`` -> float32 [B H W C].
 
-The only room that imports ``flax.linen``.
+A network whose class says ``takes = "noise_level"`` wants 1 - alpha_bar, float32 [B], in place of t. The only room that
+imports ``flax.linen``.
 """
 
 from flax.linen import Module as Network
 
 from ddpm_jax.models.linear_attention_unet import LinearAttentionUNet
+from ddpm_jax.models.residual_unet import ResidualUNet
 from ddpm_jax.models.unet import ATTENTIONS, REMATS, UNet, check_attention
 
 # model.kind -> module. Its fields are the settings of the config that it takes.
-NETWORKS: dict[str, type[Network]] = {"unet": UNet, "linear_attention_unet": LinearAttentionUNet}
+NETWORKS: dict[str, type[Network]] = {
+    "unet": UNet,
+    "linear_attention_unet": LinearAttentionUNet,
+    "residual_unet": ResidualUNet,
+}
 
-__all__ = ["ATTENTIONS", "NETWORKS", "REMATS", "LinearAttentionUNet", "Network", "UNet", "check_attention"]
+
+def takes_noise_level(network: Network | type[Network]) -> bool:
+    """Whether a network wants the noise level 1 - alpha_bar, float32 [B], where others want t."""
+    return getattr(network, "takes", "t") == "noise_level"
+
+
+__all__ = [
+    "ATTENTIONS",
+    "NETWORKS",
+    "REMATS",
+    "LinearAttentionUNet",
+    "Network",
+    "ResidualUNet",
+    "UNet",
+    "check_attention",
+    "takes_noise_level",
+]

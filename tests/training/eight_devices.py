@@ -8,7 +8,7 @@ import tempfile
 import jax
 import numpy as np
 
-from ddpm_jax import config, experiment, training
+from ddpm_jax import config, experiment, objective, training
 from ddpm_jax.training import mesh as mesh_lib
 
 CONFIG = config.Config(
@@ -52,7 +52,7 @@ def run(data, fsdp, accumulate=1):
         shardings,
         {"image": spread},
         accumulate=accumulate,
-        loss_fn=experiment.make_loss_fn(CONFIG, model, experiment.make_schedule(CONFIG)),
+        loss_fn=objective.make_loss_fn(CONFIG, model, experiment.make_schedule(CONFIG)),
         optimizer=optimizer,
         learning_rate=learning_rate,
         ema_decay=0.99,
