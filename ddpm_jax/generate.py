@@ -48,7 +48,7 @@ def draw(
     parts = []
     for x_T, keys, labels in _batches(config, mesh, num_images, seed, batch_size, label):
         x0 = diffusion.sample(experiment.conditioned(denoise_fn, config, labels), schedule, x_T, keys, **options)
-        parts.append(fetch(_to_uint8(config, x0)))
+        parts.append(fetch(to_uint8(config, x0)))
     return np.concatenate(parts)[:num_images]
 
 
@@ -70,7 +70,7 @@ def draw_chain(
     x0, trajectory = diffusion.sample(
         experiment.conditioned(denoise_fn, config, labels), schedule, x_T, keys, trajectory=num_frames, **options
     )
-    frames = _to_uint8(config, jnp.concatenate([trajectory.x_t, x0[None]]))
+    frames = to_uint8(config, jnp.concatenate([trajectory.x_t, x0[None]]))
     return np.asarray(fetch(frames)[:, :num_images])
 
 
@@ -91,8 +91,14 @@ def noises(
     return next(_batches(config, mesh, num_images, seed, None, label))
 
 
-def _to_uint8(config: Config, x0: jax.Array) -> jax.Array:
-    return normalizer.denormalize(experiment.make_normalizer(config), x0)
+def to_uint8(config: Config, x0: np.ndarray | jax.Array) -> jax.Array:
+    """uint8 images of x0 in the run's own units."""
+    return normalizer.denormalize(experiment.make_normalizer(config), jnp.asarray(x0))
+
+
+def to_x0(config: Config, pixels: np.ndarray) -> jax.Array:
+    """x0 in the run's own units of uint8 images."""
+    return normalizer.normalize(experiment.make_normalizer(config), pixels)
 
 
 def num_batches(num_images: int, batch_size: int | None, mesh: Mesh) -> int:

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import diffusion, experiment, generate, images
+from ddpm_jax.config import Config
 from ddpm_jax.studies.study import OnStep, Start, Study, decode, drawn_start, encode, given_start, new_bar, rms, tick
 
 # Their model, the 10,000 test images of CIFAR-10.
@@ -30,13 +31,13 @@ def reconstruct(
         step_counts: S of both chains.
         labels: int32 [N]; None is the null label.
     """
-    x0 = np.asarray(images.to_float(pixels))
+    x0 = np.asarray(generate.to_x0(run.config, pixels))
     start, codes, found = given_start(x0, labels), [], []
     with new_bar(2 * sum(step_counts), "reconstruct") as bar:
         for n in step_counts:
             codes.append(encode(run, start, tick(bar), num_steps=n, end="clean"))
             found.append(_decode_code(run, given_start(codes[-1], labels), tick(bar), num_steps=n))
-    mse = [float(np.mean(_squares(x - x0))) for x in found]
+    mse = [float(np.mean(_squares(run.config, x - x0))) for x in found]
     numbers = {
         "steps": list(step_counts),
         "mse": mse,
@@ -45,7 +46,7 @@ def reconstruct(
     }
     blank = np.full_like(pixels, 255)
     noise_row = np.stack([blank, *map(images.to_uint8, codes)], axis=1)
-    found_row = np.stack([pixels, *map(images.to_uint8, found)], axis=1)
+    found_row = np.stack([pixels, *(generate.to_uint8(run.config, x) for x in found)], axis=1)
     pictures = np.stack([noise_row, found_row], axis=1).reshape(2 * len(pixels), -1, *pixels.shape[1:])
     columns = ["image", *(f"{n} steps" for n in step_counts)]
     summary = "mean squared error in [0, 1]: " + ", ".join(
@@ -81,7 +82,7 @@ def interpolate(run: experiment.Run, num_images: int = 9, *, seed: int = 0, labe
     middle = num_images // 2
     summary = f"norm of the noise over that of noise, at w = {weights[middle]:.2f}: slerp {noise[0, middle]:.3f}, "
     summary += f"straight line {noise[1, middle]:.3f}"
-    return Study(images.to_uint8(x0), ["slerp", "line"], [f"{w:.2f}" for w in weights], numbers, summary)
+    return Study(generate.to_uint8(run.config, x0), ["slerp", "line"], [f"{w:.2f}" for w in weights], numbers, summary)
 
 
 def mix(run: experiment.Run, pixels: np.ndarray, weights: Sequence[float], *, label: int | None = None) -> Study:
@@ -95,11 +96,11 @@ def mix(run: experiment.Run, pixels: np.ndarray, weights: Sequence[float], *, la
     """
     steps = run.config.sampling.num_steps
     with new_bar(2 * steps, "mix") as bar:
-        start = given_start(np.asarray(images.to_float(pixels)), _labels(label, 2))
+        start = given_start(np.asarray(generate.to_x0(run.config, pixels)), _labels(label, 2))
         a, b = encode(run, start, tick(bar), end="clean")
         codes = _ways(a, b, np.asarray(weights, np.float32))[0]
         x0 = _decode_code(run, given_start(codes, _labels(label, len(codes))), tick(bar), num_steps=steps)
-    pictures = np.concatenate([pixels[:1], images.to_uint8(x0), pixels[1:]])[None]
+    pictures = np.concatenate([pixels[:1], generate.to_uint8(run.config, x0), pixels[1:]])[None]
     cosine = float(np.vdot(a, b) / np.linalg.norm(a) / np.linalg.norm(b))
     numbers = {
         "weights": list(weights),
@@ -125,9 +126,9 @@ def _ways(a: np.ndarray, b: np.ndarray, weights: np.ndarray) -> np.ndarray:
     )
 
 
-def _squares(error: np.ndarray) -> np.ndarray:
+def _squares(config: Config, error: np.ndarray) -> np.ndarray:
     """Squared errors in units in which black is 0 and white is 1, whatever those of the run's images are."""
-    black, white = (np.asarray(images.to_float(np.full(error.shape[1:], v, np.uint8))) for v in (0, 255))
+    black, white = (np.asarray(generate.to_x0(config, np.full(error.shape[1:], v, np.uint8))) for v in (0, 255))
     return np.square(error / (white - black), dtype=np.float64)
 
 
