@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import diffusion, experiment, generate
+from ddpm_jax import diffusion, experiment
 from ddpm_jax.config import Config
-from ddpm_jax.studies.study import Study, decode, drawn_start, new_bar, rms, tick, tiled
+from ddpm_jax.studies.study import Study, decode, drawn_start, new_bar, pixels_of, rms, tick, tiled
 
 # name: (clip_x0, rederive_eps of DDIM, why)
 _PAIRS = {
@@ -53,7 +53,7 @@ def equivalence(run: experiment.Run, *, num_images: int = 4, seed: int = 0, labe
             "largest_value": float(np.abs(ddpm).max()),
             "why": why,
         }
-    ddpm_row, ddim_row = (np.asarray(generate.to_uint8(run.config, np.stack(x0))) for x0 in (all_ddpm, all_ddim))
+    ddpm_row, ddim_row = (pixels_of(run.config, np.stack(x0)) for x0 in (all_ddpm, all_ddim))
     apart = np.abs(ddpm_row.astype(np.int16) - ddim_row).astype(np.uint8)
     rows, columns = ["DDPM", "DDIM, eta 1", "difference"], [name.replace(", ", ",\n") for name in _PAIRS]
     numbers: dict[str, Any] = {"num_steps": steps, "pairs": pairs, "variances": _variance_numbers(run.config)}

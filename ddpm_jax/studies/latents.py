@@ -7,7 +7,19 @@ import numpy as np
 
 from ddpm_jax import diffusion, experiment, generate, images
 from ddpm_jax.config import Config
-from ddpm_jax.studies.study import OnStep, Start, Study, decode, drawn_start, encode, given_start, new_bar, rms, tick
+from ddpm_jax.studies.study import (
+    OnStep,
+    Start,
+    Study,
+    decode,
+    drawn_start,
+    encode,
+    given_start,
+    new_bar,
+    pixels_of,
+    rms,
+    tick,
+)
 
 # Their model, the 10,000 test images of CIFAR-10.
 PAPER_RECONSTRUCTION = {
@@ -46,7 +58,7 @@ def reconstruct(
     }
     blank = np.full_like(pixels, 255)
     noise_row = np.stack([blank, *map(images.to_uint8, codes)], axis=1)
-    found_row = np.stack([pixels, *(generate.to_uint8(run.config, x) for x in found)], axis=1)
+    found_row = np.stack([pixels, *(pixels_of(run.config, x) for x in found)], axis=1)
     pictures = np.stack([noise_row, found_row], axis=1).reshape(2 * len(pixels), -1, *pixels.shape[1:])
     columns = ["image", *(f"{n} steps" for n in step_counts)]
     summary = "mean squared error in [0, 1]: " + ", ".join(
@@ -82,7 +94,7 @@ def interpolate(run: experiment.Run, num_images: int = 9, *, seed: int = 0, labe
     middle = num_images // 2
     summary = f"norm of the noise over that of noise, at w = {weights[middle]:.2f}: slerp {noise[0, middle]:.3f}, "
     summary += f"straight line {noise[1, middle]:.3f}"
-    return Study(generate.to_uint8(run.config, x0), ["slerp", "line"], [f"{w:.2f}" for w in weights], numbers, summary)
+    return Study(pixels_of(run.config, x0), ["slerp", "line"], [f"{w:.2f}" for w in weights], numbers, summary)
 
 
 def mix(run: experiment.Run, pixels: np.ndarray, weights: Sequence[float], *, label: int | None = None) -> Study:
@@ -100,7 +112,7 @@ def mix(run: experiment.Run, pixels: np.ndarray, weights: Sequence[float], *, la
         a, b = encode(run, start, tick(bar), end="clean")
         codes = _ways(a, b, np.asarray(weights, np.float32))[0]
         x0 = _decode_code(run, given_start(codes, _labels(label, len(codes))), tick(bar), num_steps=steps)
-    pictures = np.concatenate([pixels[:1], generate.to_uint8(run.config, x0), pixels[1:]])[None]
+    pictures = np.concatenate([pixels[:1], pixels_of(run.config, x0), pixels[1:]])[None]
     cosine = float(np.vdot(a, b) / np.linalg.norm(a) / np.linalg.norm(b))
     numbers = {
         "weights": list(weights),

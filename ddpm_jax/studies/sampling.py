@@ -9,7 +9,7 @@ import numpy as np
 
 from ddpm_jax import diffusion, experiment, generate
 from ddpm_jax.config import Config
-from ddpm_jax.studies.study import Study, decode, drawn_start, image_names, new_bar, rms, tick, tiled
+from ddpm_jax.studies.study import Study, decode, drawn_start, image_names, new_bar, pixels_of, rms, tick, tiled
 
 _DDPM = "ddpm"  # among the etas of ``eta_by_steps``: ancestral sampling with the large variance
 
@@ -42,7 +42,7 @@ def eta_by_steps(
     first = f"{rows[0]}, {min(step_counts)} steps: {away[0, int(np.argmin(step_counts))]:.3f}"
     numbers = {"etas": list(etas), "steps": list(step_counts), "rms_difference_from_longest": away.tolist()}
     summary = f"root mean square distance from the longest chain of the row: {first}"
-    return Study(tiled(generate.to_uint8(run.config, x0)), rows, [f"{n} steps" for n in step_counts], numbers, summary)
+    return Study(tiled(pixels_of(run.config, x0)), rows, [f"{n} steps" for n in step_counts], numbers, summary)
 
 
 def few_steps(
@@ -71,7 +71,7 @@ def few_steps(
         f"{n} steps {distance:.3f}" for n, distance in zip(step_counts, away, strict=True)
     )
     rows = [f"{n} step{'s' if n > 1 else ''}" for n in step_counts]
-    return Study(generate.to_uint8(run.config, np.stack(x0)), rows, image_names(start), numbers, summary)
+    return Study(pixels_of(run.config, np.stack(x0)), rows, image_names(start), numbers, summary)
 
 
 def determinism(run: experiment.Run, *, num_images: int = 6, seed: int = 0, label: int | None = None) -> Study:
@@ -87,7 +87,7 @@ def determinism(run: experiment.Run, *, num_images: int = 6, seed: int = 0, labe
     largest = {f"eta_{i}": float(np.abs(x0[2 * i] - x0[2 * i + 1]).max()) for i in (0, 1)}
     summary = f"largest difference between two keys: eta 0 {largest['eta_0']:g}, eta 1 {largest['eta_1']:.3g}"
     numbers = {"largest_difference": largest, "num_steps": run.config.sampling.num_steps}
-    return Study(generate.to_uint8(run.config, np.stack(x0)), rows, image_names(start), numbers, summary)
+    return Study(pixels_of(run.config, np.stack(x0)), rows, image_names(start), numbers, summary)
 
 
 def chain(
@@ -117,7 +117,7 @@ def chain(
         np.concatenate([generate.fetch(x), generate.fetch(x0)[None]])[:, :num_images] for x in (kept.x_t, kept.x0_hat)
     )
     shown = np.append(np.round(np.linspace(0, len(t) - 1, min(num_columns, len(t)))).astype(int), len(t))
-    both = np.asarray(generate.to_uint8(config, np.stack([x_t, x0_hat])))  # [2 F N H W C]
+    both = pixels_of(config, np.stack([x_t, x0_hat]))  # [2 F N H W C]
     pictures = both[:, shown].transpose(2, 0, 1, 3, 4, 5).reshape(2 * num_images, len(shown), *both.shape[3:])
     distance = rms(x0_hat[:-1] - x0_hat[-1], axis=(1, 2, 3, 4))
     half = t[int(np.argmax(distance <= distance[0] / 2))]
@@ -153,4 +153,4 @@ def forward(config: Config, pixels: np.ndarray, *, seed: int = 0) -> Study:
     numbers = {"t": t.tolist(), "signal_rate": signal.tolist(), "noise_rate": noise.tolist()}
     summary = f"the signal rate falls from {signal[0]:.4f} at t = 0 to {signal[-1]:.4f} at t = {T - 1}"
     rows = [f"image {i}" if len(pixels) > 1 else "" for i in range(len(pixels))]
-    return Study(np.asarray(generate.to_uint8(config, x_t)), rows, columns, numbers, summary)
+    return Study(pixels_of(config, x_t), rows, columns, numbers, summary)

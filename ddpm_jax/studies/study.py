@@ -121,6 +121,11 @@ def image_names(start: Start) -> list[str]:
     return [f"class {i}" for i in np.asarray(generate.fetch(start.labels))[: start.num_images]]
 
 
+def pixels_of(config: Config, x0: np.ndarray | jax.Array) -> np.ndarray:
+    """uint8 images of x0 in the run's own units."""
+    return np.asarray(generate.to_uint8(config, x0))
+
+
 def tiled(pictures: np.ndarray) -> np.ndarray:
     """uint8 [R C N H W ch] -> [R C H' W' ch]: the N of a cell in a square without gaps."""
     return np.stack([np.stack([images.grid(cell, padding=0, scale=1) for cell in row]) for row in pictures])
