@@ -109,7 +109,7 @@ def _drawn(study: Callable[..., studies.Study], *names: str) -> Callable[[str], 
         lists = _lists(command, config)
         options = {name: _value(command, name) for name in ("num_images", *names)}
         found = study(_load(config), *lists, seed=FLAGS.seed, label=FLAGS.label, **options)
-        return found, _report(config, found), found.summary
+        return found, _report(command, config, found), found.summary
 
     return run_study
 
@@ -139,21 +139,21 @@ def _reconstruct(command: str) -> _Result:
     counts = _step_counts(command, config)
     pixels, labels = _pictures(config)
     found = studies.reconstruct(_load(config), pixels, counts, labels=labels)
-    return found, _report(config, found), found.summary
+    return found, _report(command, config, found), found.summary
 
 
 def _mix(command: str) -> _Result:
     config, weights = _config(command), _floats("fractions")
     pixels, _ = _pictures(config, count=2)
     found = studies.mix(_load(config), pixels, weights, label=FLAGS.label)
-    return found, _report(config, found), found.summary
+    return found, _report(command, config, found), found.summary
 
 
 def _forward(command: str) -> _Result:
     config = _run_config()
     pixels, _ = _pictures(config)
     found = studies.forward(config, pixels, seed=FLAGS.seed)
-    return found, {"workdir": FLAGS.workdir, "seed": FLAGS.seed} | found.numbers, found.summary
+    return found, _report(command, config, found), found.summary
 
 
 def _schedules(command: str) -> _Result:
@@ -322,10 +322,12 @@ def _sheet(study: studies.Study) -> np.ndarray:
     return figures.sheet(study.pictures, study.rows, study.columns)
 
 
-def _report(config: Config, study: studies.Study) -> dict[str, Any]:
-    settings = {name: FLAGS[name].value for name in ("workdir", "step", "weights", "seed", "label")}
+def _report(command: str, config: Config, study: studies.Study) -> dict[str, Any]:
+    """What was drawn, with the settings that had a say in it."""
+    settings = {name: FLAGS[name].value for name in ("workdir", "step", "weights", "seed", "label", *_IMAGES)}
     sampling = {name: getattr(config.sampling, name) for name in ("spacing", "guidance", "clip_x0")}
-    return settings | sampling | study.numbers | {"summary": study.summary}
+    report = {name: value for name, value in (settings | sampling).items() if name in _FLAGS_OF[command]}
+    return report | study.numbers | {"summary": study.summary}
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ def reconstruct(
     mse = [float(np.mean(_squares(run.config, x - x0))) for x in found]
     numbers = {
         "steps": list(step_counts),
+        "clip_x0": False,
         "mse": mse,
         "rms_of_noise": [float(rms(code, axis=(0, 1, 2, 3))) for code in codes],
         "paper": PAPER_RECONSTRUCTION,
@@ -87,7 +88,7 @@ def interpolate(run: experiment.Run, num_images: int = 9, *, seed: int = 0, labe
         x0 = decode(run, start, tick(bar), method="ddim", eta=0.0).reshape(ways.shape)
     noise = rms(ways, axis=(2, 3, 4))
     numbers = {
-        "weights": weights.tolist(),
+        "fractions": weights.tolist(),
         "rms_of_noise": {"slerp": noise[0].tolist(), "line": noise[1].tolist()},
         "rms_of_picture": dict(zip(("slerp", "line"), rms(x0, axis=(2, 3, 4)).tolist(), strict=True)),
     }
@@ -115,8 +116,9 @@ def mix(run: experiment.Run, pixels: np.ndarray, weights: Sequence[float], *, la
     pictures = np.concatenate([pixels[:1], pixels_of(run.config, x0), pixels[1:]])[None]
     cosine = float(np.vdot(a, b) / np.linalg.norm(a) / np.linalg.norm(b))
     numbers = {
-        "weights": list(weights),
+        "fractions": list(weights),
         "num_steps": steps,
+        "clip_x0": False,
         "angle_between_noises": float(np.degrees(np.arccos(np.clip(cosine, -1, 1)))),
         "rms_of_noise": rms(codes, axis=(1, 2, 3)).tolist(),
     }

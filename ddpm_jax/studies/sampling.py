@@ -67,10 +67,10 @@ def few_steps(
     away = rms(np.stack(x0) - x0[int(np.argmax(step_counts))], axis=(1, 2, 3, 4))
     numbers = {"method": method, "steps": list(step_counts), "spacings": spacings}
     numbers["rms_difference_from_longest"] = away.tolist()
-    summary = "root mean square distance from the longest chain: " + ", ".join(
-        f"{n} steps {distance:.3f}" for n, distance in zip(step_counts, away, strict=True)
-    )
     rows = [f"{n} step{'s' if n > 1 else ''}" for n in step_counts]
+    summary = "root mean square distance from the longest chain: " + ", ".join(
+        f"{row} {distance:.3f}" for row, distance in zip(rows, away, strict=True)
+    )
     return Study(pixels_of(run.config, np.stack(x0)), rows, image_names(start), numbers, summary)
 
 
@@ -85,7 +85,7 @@ def determinism(run: experiment.Run, *, num_images: int = 6, seed: int = 0, labe
                 rows.append(f"eta {eta:g}, {name}")
                 x0.append(decode(run, each, tick(bar), method="ddim", eta=eta))
     largest = {f"eta_{i}": float(np.abs(x0[2 * i] - x0[2 * i + 1]).max()) for i in (0, 1)}
-    summary = f"largest difference between two keys: eta 0 {largest['eta_0']:g}, eta 1 {largest['eta_1']:.3g}"
+    summary = f"largest difference between two keys: {largest['eta_0']:g} at eta 0, {largest['eta_1']:.3g} at eta 1"
     numbers = {"largest_difference": largest, "num_steps": run.config.sampling.num_steps}
     return Study(pixels_of(run.config, np.stack(x0)), rows, image_names(start), numbers, summary)
 

@@ -33,7 +33,7 @@ def test_interpolation_takes_the_flow_from_each_point_of_both_ways():
     exact = run(num_steps=200, clip_x0=False)
     found = studies.interpolate(exact, 5, seed=3)
     a, b = np.asarray(studies.drawn_start(exact, 2, 3).x_T)[:2]
-    for i, w in enumerate(found.numbers["weights"]):
+    for i, w in enumerate(found.numbers["fractions"]):
         line = (1 - w) * a + w * b
         expected = images.to_uint8(np.asarray(exact_x0(exact.schedule, line)))
         np.testing.assert_allclose(found.pictures[1, i].astype(int), expected, atol=3)
