@@ -126,21 +126,20 @@ def _load_images(config: Config) -> data.ImageSet:
 
 
 def _batches(config: Config, mesh: Mesh, image_set: data.ImageSet, first_step: int) -> Any:
-    """Batches on the devices, from step ``first_step`` on."""
+    """Batches on the devices, from step ``first_step`` on; each process makes its own rows only."""
+    batch_size, sharding = config.train.batch_size, training.batch_sharding(mesh)
     order = {
         "seed": config.seed,
-        "batch_size": config.train.batch_size,
+        "batch_size": batch_size,
         "first_step": first_step,
         "random_flip": config.data.random_flip,
-        "process_index": jax.process_index(),
-        "process_count": jax.process_count(),
+        "rows": data.local_rows(sharding, batch_size),
     }
-    sharding = training.batch_sharding(mesh)
     if config.data.placement == "device":
         resident = data.put_images(image_set, training.replicated(mesh))
-        return data.device_batches(data.index_batches(len(image_set.images), **order), sharding, resident)
+        return data.device_batches(data.index_batches(len(image_set.images), **order), sharding, batch_size, resident)
     use_tensorflow = data.needs_tensorflow(config.data.source)
-    return data.device_batches(data.batches(image_set, use_tensorflow=use_tensorflow, **order), sharding)
+    return data.device_batches(data.batches(image_set, use_tensorflow=use_tensorflow, **order), sharding, batch_size)
 
 
 def _restore_or_init(setup: Setup, checkpoints: Any) -> TrainState:
