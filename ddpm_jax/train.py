@@ -18,7 +18,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import data, experiment, generate, images, program, training
+from ddpm_jax import data, distributed, experiment, generate, images, program, training
 from ddpm_jax.config import Config, ConfigError
 from ddpm_jax.experiment import RunError
 from ddpm_jax.progress import progress
@@ -32,13 +32,15 @@ def train(config: Config, workdir: str) -> TrainState:
     """Trains until step ``config.train.num_steps``, from the newest checkpoint in ``workdir`` where there is one.
 
     Raises:
-        ConfigError, data.DataError, RunError: the config, the data or the workdir cannot be used; nothing was written.
+        ConfigError, DataError, RunError, StartError: the config, the data or the workdir cannot be used; nothing was
+            written.
         RunError: 20 steps in a row were not finite.
         training.Stopped: SIGTERM or Ctrl-C came; the state was saved first.
     """
     config_lib.validate(config)
     experiment.use_compilation_cache(config)
     with training.stop_signal() as stop:
+        distributed.check_shared(workdir)
         experiment.check_workdir(workdir, config)
         setup = Setup(config, experiment.make_mesh(config))
         image_set = _load_images(config)
@@ -128,7 +130,7 @@ def _load_images(config: Config) -> data.ImageSet:
 def _batches(config: Config, mesh: Mesh, image_set: data.ImageSet, first_step: int) -> Any:
     """Batches on the devices, from step ``first_step`` on; each process makes its own rows only."""
     batch_size, sharding = config.train.batch_size, training.batch_sharding(mesh)
-    order = {
+    order: dict[str, Any] = {
         "seed": config.seed,
         "batch_size": batch_size,
         "first_step": first_step,
