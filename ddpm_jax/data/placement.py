@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Collection, Generator, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ def local_rows(
         batch_size: of the GLOBAL batch.
         devices: whose rows; None is this process's.
     """
-    index_of = sharding.devices_indices_map((batch_size,))
+    index_of: Any = sharding.devices_indices_map((batch_size,))
     mine = [index_of[device][0] for device in (sharding.addressable_devices if devices is None else devices)]
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in mine]))
 
@@ -44,9 +45,10 @@ def device_batches(
     rows = local_rows(sharding, batch_size)
 
     def place(x: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(
-            (batch_size, *x.shape[1:]), sharding, lambda index: block_of(x, rows, index[0])
-        )
+        def block(index: Any) -> np.ndarray:
+            return block_of(x, rows, index[0])
+
+        return jax.make_array_from_callback((batch_size, *x.shape[1:]), sharding, block)
 
     def send(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         arrays = {name: place(x) for name, x in batch.items()}
