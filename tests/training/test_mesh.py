@@ -181,11 +181,10 @@ def test_gradients_are_reduced_once_a_step_and_never_inside_a_loop(eight, mesh):
     sent, cut = run["sent"], run["cut_gradients"]
     assert sent["in_loops"] == 0
     assert (cut > 0) == mesh.startswith("4x2")
-    reduced = sent["all-reduce"]
-    if mesh == "4x2 in 4":  # scattered over fsdp = 2, and halves are summed over data
+    if mesh == "4x2 in 4":
         assert sent["reduce-scatter"] == cut / 2
-        reduced += cut / 2
-    assert 0 <= reduced - run["gradients"] < 200  # and the loss and its sums
+    # What fsdp = 2 cuts is reduced over two devices, and then a half of it over four. Loss and sums are small.
+    assert 0 <= sent["all-reduce"] + 2 * sent["reduce-scatter"] - run["gradients"] <= cut / 2 + 200
 
 
 @pytest.mark.slow
