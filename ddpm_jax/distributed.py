@@ -1,22 +1,29 @@
-"""Several processes, one run: how a process finds its peers. Nothing here may touch a device before they are joined."""
+"""Several processes, one run: how a process finds its peers. Nothing may touch a device before they are joined."""
 
+import contextlib
 import importlib.util
 import os
+import time
 from collections.abc import Mapping
 
 import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
 
 # A dead or frozen process ends the others after this time: the runtime aborts them, with exit status 134.
 HEARTBEAT_TIMEOUT_SECONDS = 100
 # How long the first process to finish waits for the others; process 0 has the last pictures to write.
 SHUTDOWN_TIMEOUT_SECONDS = 100
 START_TIMEOUT_SECONDS = 300
+# How long a network file system may take to show one machine what another has written.
+VISIBLE_WITHIN_SECONDS = 10
 
 _SLURM_STEP = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
 
 class StartError(ValueError):
-    """The processes cannot be joined as asked; the message is one line with the flag and the remedy."""
+    """The processes cannot work together as asked; the message is one line with what to change."""
 
 
 def start(
@@ -79,6 +86,48 @@ def in_cluster(environ: Mapping[str, str]) -> bool:
 def is_first() -> bool:
     """Whether this process writes what all have computed. Unlike ``jax.process_index`` it touches no device."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def check_shared(workdir: str) -> None:
+    """Refuses a workdir that not all processes see; called by all of them before anything is written there.
+
+    Process 0 writes a file under a name that it has just drawn, and all look for it.
+
+    Raises:
+        StartError: on all processes, if one of them does not see it; nothing is left behind.
+    """
+    if jax.process_count() == 1:
+        return
+    path, drawn = epath.Path(workdir), np.frombuffer(os.urandom(16), np.uint32)
+    probe, existed = path / f".shared_{drawn.tobytes().hex()}", path.exists()
+    if is_first():
+        with contextlib.suppress(OSError):  # then not even this process sees it
+            path.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+    # Nobody learns the name before the file is there.
+    name = f".shared_{np.asarray(multihost_utils.broadcast_one_to_all(drawn)).tobytes().hex()}"
+    seen = np.asarray(multihost_utils.process_allgather(np.asarray(_appears(path / name)))).ravel()
+    if is_first() and seen[0]:
+        probe.unlink(missing_ok=True)
+        if not existed and not seen.all():
+            path.rmdir()
+    if not seen[0]:
+        raise StartError(f"{workdir}: process 0 cannot write there; choose another --workdir")
+    if not seen.all():
+        blind = ", ".join(map(str, np.flatnonzero(~seen)[:8]))
+        raise StartError(
+            f"{workdir}: is not the same place for all processes (what process 0 writes there, of {len(seen)} process "
+            f"{blind} does not see); choose a --workdir that all machines share"
+        )
+
+
+def _appears(path: epath.Path) -> bool:
+    deadline = time.monotonic() + VISIBLE_WITHIN_SECONDS
+    while not path.exists():
+        if is_first() or time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 def _check(mode: str, given: Mapping[str, str | int | None]) -> None:

@@ -18,7 +18,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import data, experiment, generate, images, normalizer, program, training
+from ddpm_jax import data, distributed, experiment, generate, images, normalizer, program, training
 from ddpm_jax.config import Config, ConfigError
 from ddpm_jax.experiment import RunError
 from ddpm_jax.progress import progress
@@ -32,13 +32,15 @@ def train(config: Config, workdir: str) -> TrainState:
     """Trains until step ``config.train.num_steps``, from the newest checkpoint in ``workdir`` where there is one.
 
     Raises:
-        ConfigError, data.DataError, RunError: the config, the data or the workdir cannot be used; nothing was written.
+        ConfigError, DataError, RunError, StartError: the config, the data or the workdir cannot be used; nothing was
+            written.
         RunError: 20 steps in a row were not finite.
         training.Stopped: SIGTERM or Ctrl-C came; the state was saved first.
     """
     config_lib.validate(config)
     experiment.use_compilation_cache(config)
     with training.stop_signal() as stop:
+        distributed.check_shared(workdir)
         config = experiment.with_normalizer_of_run(workdir, config)
         experiment.check_workdir(workdir, config)
         mesh = experiment.make_mesh(config)
@@ -138,21 +140,20 @@ def _load_images(config: Config) -> data.ImageSet:
 
 
 def _batches(config: Config, mesh: Mesh, image_set: data.ImageSet, first_step: int) -> Any:
-    """Batches on the devices, from step ``first_step`` on."""
-    order = {
+    """Batches on the devices, from step ``first_step`` on; each process makes its own rows only."""
+    batch_size, sharding = config.train.batch_size, training.batch_sharding(mesh)
+    order: dict[str, Any] = {
         "seed": config.seed,
-        "batch_size": config.train.batch_size,
+        "batch_size": batch_size,
         "first_step": first_step,
         "random_flip": config.data.random_flip,
-        "process_index": jax.process_index(),
-        "process_count": jax.process_count(),
+        "rows": data.local_rows(sharding, batch_size),
     }
-    sharding = training.batch_sharding(mesh)
     if config.data.placement == "device":
         resident = data.put_images(image_set, training.replicated(mesh))
-        return data.device_batches(data.index_batches(len(image_set.images), **order), sharding, resident)
+        return data.device_batches(data.index_batches(len(image_set.images), **order), sharding, batch_size, resident)
     use_tensorflow = data.needs_tensorflow(config.data.source)
-    return data.device_batches(data.batches(image_set, use_tensorflow=use_tensorflow, **order), sharding)
+    return data.device_batches(data.batches(image_set, use_tensorflow=use_tensorflow, **order), sharding, batch_size)
 
 
 def _restore_or_init(setup: Setup, checkpoints: Any) -> TrainState:

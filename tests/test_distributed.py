@@ -112,6 +112,55 @@ def test_programs_join_before_anything_else(run_program, tmp_path):
     assert results["mode"].code == 2
 
 
+# A workdir that not all processes share
+
+
+@pytest.fixture
+def of_three(monkeypatch):
+    """``of_three(seen)``: this process is the first of three, which say whether they see its file."""
+    looked = []
+
+    def gather(mine):
+        looked.append(bool(mine))
+        return np.array([mine, *of_three.others])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    monkeypatch.setattr(distributed.multihost_utils, "broadcast_one_to_all", lambda x: x)
+    monkeypatch.setattr(distributed.multihost_utils, "process_allgather", gather)
+
+    def of_three(*others):
+        of_three.others = others
+        return looked
+
+    return of_three
+
+
+def test_a_shared_workdir_is_left_as_it_was(of_three, tmp_path):
+    looked = of_three(True, True)
+    distributed.check_shared(str(tmp_path))
+    assert looked == [True]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_workdir_of_one_process_alone_is_refused_and_removed(of_three, tmp_path):
+    of_three(True, False)
+    with pytest.raises(StartError, match=r"run: is not the same place .* process 2 does not see\).*--workdir"):
+        distributed.check_shared(str(tmp_path / "run"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_workdir_that_cannot_be_written_is_refused_by_all(of_three, tmp_path):
+    of_three(False, False)
+    (tmp_path / "file").touch()
+    with pytest.raises(StartError, match=r"file/run: process 0 cannot write there; choose another --workdir"):
+        distributed.check_shared(str(tmp_path / "file" / "run"))
+
+
+def test_one_process_shares_with_nobody(tmp_path):
+    distributed.check_shared(str(tmp_path / "run"))
+    assert list(tmp_path.iterdir()) == []
+
+
 # Two processes
 
 

@@ -3,7 +3,7 @@
 from ddpm_jax.data.image_set import DataError, ImageSet, read_picture
 from ddpm_jax.data.order import batch_indices
 from ddpm_jax.data.pipeline import batches, index_batches
-from ddpm_jax.data.placement import device_batches, gather, put_images
+from ddpm_jax.data.placement import device_batches, gather, local_rows, put_images
 from ddpm_jax.data.sources import load, needs_tensorflow
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "gather",
     "index_batches",
     "load",
+    "local_rows",
     "needs_tensorflow",
     "put_images",
     "read_picture",

@@ -17,7 +17,7 @@ _T = TypeVar("_T")
 _AHEAD = 4  # batches prepared before they are asked for
 _CHUNK = 256  # steps whose order tf.data gets at once
 
-# (step) -> (indices int64 [b], flips bool [b]) of this process
+# (step) -> (indices int64 [b], flips bool [b]) of the rows to serve
 _Order = Callable[[int], tuple[np.ndarray, np.ndarray]]
 
 
@@ -28,8 +28,7 @@ def batches(
     batch_size: int,
     first_step: int = 0,
     random_flip: bool = True,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
     use_tensorflow: bool = False,
 ) -> Generator[Batch, None, None]:
     """Serve the batches of steps first_step, first_step + 1, … without end, prepared a few ahead.
@@ -42,18 +41,17 @@ def batches(
         batch_size: of the GLOBAL batch.
         first_step: the optimizer step to begin with, as after a resume.
         random_flip: mirror half of the images, others in every epoch; the order of the images is the same without.
-        process_index: which contiguous share of each batch to serve.
-        process_count: the number of shares; it divides `batch_size`.
+        rows: which rows of each global batch to serve, int [b], as from `local_rows`; None is all.
         use_tensorflow: serve through tf.data, otherwise by a NumPy thread, which imports no TensorFlow.
 
     Returns:
-        Generator of dict(image=uint8 [b H W C], label=int32 [b]), b = batch_size / process_count, C-contiguous;
-        `label` is absent where the set has none.
+        Generator of dict(image=uint8 [b H W C], label=int32 [b]), C-contiguous; `label` is absent where the set has
+        none.
 
     Raises:
-        DataError: the set is empty, or `batch_size` does not divide among the processes.
+        DataError: the set or the batch is empty.
     """
-    order = _order(len(image_set.images), seed, batch_size, random_flip, process_index, process_count)
+    order = _order(len(image_set.images), seed, batch_size, random_flip, rows)
     serve = _serve_with_tensorflow if use_tensorflow else _serve_with_numpy
     return serve(image_set, order, first_step)
 
@@ -65,15 +63,14 @@ def index_batches(
     batch_size: int,
     first_step: int = 0,
     random_flip: bool = True,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
 ) -> Generator[Batch, None, None]:
     """Serve the order alone, for a set that lies on the device: dict(index=int32 [b], flip=bool [b]).
 
     Image i of `batches` with the same arguments is image `index[i]`, mirrored left to right where `flip[i]`.
     Arguments and errors are those of `batches`.
     """
-    order = _order(num_images, seed, batch_size, random_flip, process_index, process_count)
+    order = _order(num_images, seed, batch_size, random_flip, rows)
 
     def serve() -> Generator[Batch, None, None]:
         for indices, flips in map(order, itertools.count(first_step)):
@@ -82,18 +79,12 @@ def index_batches(
     return serve()
 
 
-def _order(
-    num_images: int, seed: int, batch_size: int, random_flip: bool, process_index: int, process_count: int
-) -> _Order:
+def _order(num_images: int, seed: int, batch_size: int, random_flip: bool, rows: np.ndarray | None) -> _Order:
     if num_images < 1:
         raise DataError("data.source holds no image: give a source or a split that has at least one")
-    if batch_size < 1 or batch_size % process_count:
-        raise DataError(
-            f"train.batch_size={batch_size} does not divide among {process_count} processes: "
-            f"make it a positive multiple of {process_count}"
-        )
-    share = batch_size // process_count
-    mine = slice(process_index * share, (process_index + 1) * share)
+    if batch_size < 1:
+        raise DataError(f"train.batch_size={batch_size}: must be positive")
+    mine: Any = slice(None) if rows is None else rows
 
     def order(step: int) -> tuple[np.ndarray, np.ndarray]:
         indices, flips = batch_indices(seed, step, batch_size, num_images)

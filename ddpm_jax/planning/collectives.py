@@ -37,18 +37,21 @@ def collectives_of(hlo: str, num_devices: int, trip_count: int = 1) -> list[Coll
     times: dict[str, int] = {}
     _count_runs(computations, entry, 1, trip_count, times)
     totals: dict[tuple[str, int], list[int]] = defaultdict(lambda: [0, 0])
-    seen = set()
+    calls = [call for lines in computations.values() for line in lines for call in _CALL.findall(line)]
+    fusions = {callee for kind, callee in calls if kind == "calls"}
+    seen: dict[tuple[str, str, int], str] = {}
     for name, runs in times.items():
         for line in computations[name]:
-            found = _OP.search(line)
-            # The parts of an asynchronous collective that XLA fuses with computing all name it, with its channel.
-            channel = re.search(r"channel_id=(\d+)", line)
-            if not found or (channel and channel[1] in seen):
+            if not (found := _OP.search(line)):
                 continue
-            if channel:
-                seen.add(channel[1])
+            size = _result_bytes(found["op"], found["shape"], bool(found["start"]))
+            # The parts of an asynchronous collective that XLA fuses with computing all name it, with its channel; but
+            # all that a shard_map says itself have one channel.
+            channel = re.search(r"channel_id=(\d+)", line)
+            if channel and seen.setdefault((channel[1], found["op"], size), name) != name and name in fusions:
+                continue
             total = totals[found["op"], _group_size(line, num_devices)]
-            total[0] += runs * _result_bytes(found["op"], found["shape"], bool(found["start"]))
+            total[0] += runs * size
             total[1] += runs
     return [Collective(op, size, *total) for (op, size), total in sorted(totals.items())]
 

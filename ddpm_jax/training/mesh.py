@@ -1,10 +1,13 @@
 """Devices and who holds what: the mesh, the sharding of a batch, the sharding of the state."""
 
+import collections
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 # Below this many elements an array is not worth cutting: gathering it costs more than holding it.
@@ -14,9 +17,12 @@ MIN_SHARDED_SIZE = 2**16
 def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A ("data", "fsdp") mesh of the first data * fsdp devices; data = -1 takes all there are, or all that are given.
 
+    Several slices are joined along "data".
+
     Raises:
-        ValueError: the devices do not suffice, or fsdp does not divide them.
+        ValueError: the devices do not suffice, fsdp does not divide them, or they would leave a process without one.
     """
+    taken_from_all = devices is None
     devices = jax.devices() if devices is None else devices
     if fsdp < 1 or (data < 1 and data != -1):
         raise ValueError(f"mesh.data={data}, mesh.fsdp={fsdp}: must be positive; data = -1 is all the rest")
@@ -28,8 +34,39 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
         raise ValueError(
             f"mesh.data={data}, mesh.fsdp={fsdp}: need {data * fsdp} devices, and there are {len(devices)}"
         )
-    # Auto: with Explicit axes, the default, Linen's Dropout fails.
-    return jax.make_mesh((data, fsdp), ("data", "fsdp"), (AxisType.Auto,) * 2, devices=devices[: data * fsdp])
+    chosen = list(devices[: data * fsdp])
+    if taken_from_all and (idle := {x.process_index for x in devices} - {x.process_index for x in chosen}):
+        raise ValueError(
+            f"mesh.data={data}, mesh.fsdp={fsdp}: leaves process {min(idle)} without a device; use all, data = -1"
+        )
+    axis_types = (AxisType.Auto,) * 2  # with Explicit axes, the default, Linen's Dropout fails
+    if len({_slice_of(x) for x in chosen}) == 1:
+        return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types, devices=chosen)
+    return Mesh(across_slices(data, fsdp, chosen), ("data", "fsdp"), axis_types=axis_types)
+
+
+def across_slices(data: int, fsdp: int, devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices of several slices, [data fsdp]: each row of "fsdp" lies within a slice where it can.
+
+    Between slices is a slower network, and "data" sends a gradient a step, "fsdp" the parameters as well.
+
+    Raises:
+        ValueError: not the same number of devices of each slice.
+    """
+    sizes = collections.Counter(map(_slice_of, devices))
+    if len(set(sizes.values())) > 1:
+        raise ValueError(
+            f"mesh.data={data}, mesh.fsdp={fsdp}: takes {' and '.join(map(str, sizes.values()))} devices of "
+            f"{len(sizes)} slices; use all, data = -1"
+        )
+    over_data = math.gcd(data, len(sizes))
+    over_fsdp = len(sizes) // over_data
+    return mesh_utils.create_hybrid_device_mesh((data // over_data, fsdp // over_fsdp), (over_data, over_fsdp), devices)
+
+
+def _slice_of(device: jax.Device) -> int:
+    """The TPU slice, or the machines of one NVLink domain, that a device is of; a CPU says nothing."""
+    return getattr(device, "slice_index", 0)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

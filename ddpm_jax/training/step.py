@@ -7,16 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
-from ddpm_jax.training.mesh import batch_sharding, replicated
+from ddpm_jax.training.gradient import Batch, GradientFn, LossFn, Metrics, accumulated_gradient, whole_gradient
+from ddpm_jax.training.mesh import replicated
 from ddpm_jax.training.optimizer import LearningRate
 from ddpm_jax.training.state import Params, TrainState
-
-Batch = dict[str, jax.Array]
-Metrics = dict[str, jax.Array]
-# loss_fn(params, batch, keys [B]) -> (mean loss [], sums that are added up over micro-batches and reported)
-LossFn = Callable[[Params, Batch, jax.Array], tuple[jax.Array, Metrics]]
 
 
 def train_step(
@@ -30,7 +26,7 @@ def train_step(
     ema_decay: float,
     ema_start: int = 0,
     prepare: Callable[[Batch], Batch] = lambda batch: batch,
-    split: Callable[[Any], Any] | None = None,
+    gradient_of: Callable[[LossFn], GradientFn] = whole_gradient,
 ) -> tuple[TrainState, Metrics]:
     """Gradient, optimizer, average of the parameters.
 
@@ -46,7 +42,7 @@ def train_step(
         learning_rate: of the optimizer, for the metrics.
         ema_decay, ema_start: see ``ema_step``.
         prepare: what turns a batch as it was sent into examples, inside the program.
-        split: cuts the examples into micro-batches [A B/A ...]; None takes them in one piece.
+        gradient_of: the gradient of a loss_fn: ``whole_gradient``, or one that divides the batch.
 
     Returns:
         (state, metrics): the sums of loss_fn, loss, grad_norm (before clipping), learning_rate, skipped (0 or 1),
@@ -57,7 +53,7 @@ def train_step(
     keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(key, state.step)))(
         jnp.arange(num_examples)
     )
-    loss, sums, grads = _gradient(loss_fn, state.params, batch, keys, split)
+    (loss, sums), grads = gradient_of(loss_fn)(state.params, batch, keys)
 
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -115,9 +111,12 @@ def make_train_step(
         accumulate: micro-batches a step; the mean of their gradients is that of the undivided batch.
         options: of ``train_step``.
     """
-    split = None if accumulate == 1 else functools.partial(_micro_batches, mesh=mesh, accumulate=accumulate)
+    if accumulate > 1:
+        options["gradient_of"] = functools.partial(
+            accumulated_gradient, mesh=mesh, param_shardings=state_shardings.params, accumulate=accumulate
+        )
     return jax.jit(
-        functools.partial(train_step, split=split, **options),
+        functools.partial(train_step, **options),
         in_shardings=(state_shardings, batch_shardings, replicated(mesh)),
         out_shardings=(state_shardings, replicated(mesh)),
         donate_argnums=0,
@@ -130,35 +129,3 @@ def step_memory(compiled: jax.stages.Compiled) -> dict[str, int]:
     donated, temporaries = memory.alias_size_in_bytes, memory.temp_size_in_bytes
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - donated + temporaries
     return {"state": donated, "temporaries": temporaries, "peak": peak}
-
-
-def _gradient(
-    loss_fn: LossFn, params: Params, batch: Batch, keys: jax.Array, split: Callable[[Any], Any] | None
-) -> tuple[jax.Array, Metrics, Params]:
-    gradient = jax.value_and_grad(loss_fn, has_aux=True)
-    if split is None:
-        (loss, sums), grads = gradient(params, batch, keys)
-        return loss, sums, grads
-
-    def add(total: Any, micro_batch: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, gradient(params, *micro_batch)), None
-
-    parts = split((batch, keys))
-    zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, *jax.tree.map(lambda x: x[0], parts))
-    )
-    ((loss, sums), grads), _ = jax.lax.scan(add, zeros, parts)
-    accumulate = jax.tree.leaves(parts)[0].shape[0]
-    return loss / accumulate, sums, jax.tree.map(lambda g: g / accumulate, grads)
-
-
-def _micro_batches(examples: Any, *, mesh: Mesh, accumulate: int) -> Any:
-    """[B ...] -> [A B/A ...]: each micro-batch takes its share from every device, and no example moves."""
-    shards = mesh.size
-    spread = NamedSharding(mesh, PartitionSpec(None, *batch_sharding(mesh).spec))
-
-    def split(x: jax.Array) -> jax.Array:
-        per_shard = x.reshape(shards, accumulate, -1, *x.shape[1:]).swapaxes(0, 1)
-        return jax.lax.with_sharding_constraint(per_shard.reshape(accumulate, -1, *x.shape[1:]), spread)
-
-    return jax.tree.map(split, examples)

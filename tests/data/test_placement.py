@@ -1,4 +1,9 @@
 import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -6,7 +11,7 @@ import pytest
 
 from ddpm_jax import training
 from ddpm_jax.data import ImageSet, batches, index_batches
-from ddpm_jax.data.placement import device_batches, gather, put_images
+from ddpm_jax.data.placement import device_batches, gather, local_rows, put_images
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (30, 6, 5, 3), dtype=np.uint8)
 LABELED = ImageSet(IMAGES, np.arange(100, 130, dtype=np.int32))
@@ -16,7 +21,7 @@ MESH = training.make_mesh(1)
 
 
 def to_devices(iterator, resident=None):
-    return device_batches(iterator, training.batch_sharding(MESH), resident)
+    return device_batches(iterator, training.batch_sharding(MESH), ORDER["batch_size"], resident)
 
 
 @pytest.mark.parametrize("image_set", [LABELED, BARE], ids=["labelled", "bare"])
@@ -84,3 +89,32 @@ def test_an_error_of_the_source_arrives():
 
     with pytest.raises(OSError, match="torn"):
         list(to_devices(broken()))
+
+
+def test_one_process_holds_every_row():
+    np.testing.assert_array_equal(local_rows(training.batch_sharding(MESH), 6), np.arange(6))
+
+
+# Eight host devices, in a process of their own
+
+
+@pytest.mark.parametrize("fsdp", [1, 2, 4])
+def test_the_rows_of_a_process_are_those_of_its_devices_in_any_order(permuted, fsdp):
+    for name, found in permuted[str(fsdp)].items():
+        assert sorted(found["rows"][0] + found["rows"][1]) == list(range(16)), name
+        assert found["each_device_gets_its_rows"], name
+        assert found["arrived"], name
+    # The stand-in for two processes: with the devices in another order their shares are not halves.
+    assert permuted[str(fsdp)]["in order"]["rows"] == [[*range(8)], [*range(8, 16)]]
+    assert permuted[str(fsdp)]["alternating"]["rows"][0] == [0, 1, 4, 5, 8, 9, 12, 13]
+
+
+@pytest.fixture(scope="module")
+def permuted():
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
+    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    command = [sys.executable, Path(__file__).with_name("permuted_devices.py")]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)

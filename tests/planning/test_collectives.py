@@ -46,6 +46,7 @@ ENTRY %main (a: f32[8]) -> f32[8] {
   %start = (f32[2]{0}, f32[8]{0}) all-gather-start(%r), channel_id=4, replica_groups={}, dimensions={0}
   %done = f32[8]{0} all-gather-done(%start)
   %s = f32[2]{0} reduce-scatter(%t), channel_id=5, replica_groups=[1,8]<=[8], to_apply=%add
+  %u = f32[2]{0} reduce-scatter(%v), channel_id=5, replica_groups=[1,8]<=[8], to_apply=%add
   ROOT %z = f32[8]{0} add(%y, %done)
 }
 """.replace("GROUPS", "replica_groups=mesh['x'=4,'y'=2], device_ids=([4,2]T(1,0)) {'x'}")
@@ -56,7 +57,7 @@ def test_what_is_counted():
         Collective("all-gather", 2, 8 * 2 * 2, 1),  # once, though two fusions name it
         Collective("all-gather", 8, 8 * 4, 1),  # the result, not the operand
         Collective("all-reduce", 4, 3 * 8 * 4 + 3 * 4 + 5 * 2, 4),  # three in the loop, and one of a pair of arrays
-        Collective("reduce-scatter", 8, 2 * 4, 1),
+        Collective("reduce-scatter", 8, 2 * 2 * 4, 2),  # shard_map gives all of its own one channel
     ]
 
 

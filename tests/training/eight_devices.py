@@ -8,7 +8,8 @@ import tempfile
 import jax
 import numpy as np
 
-from ddpm_jax import config, experiment, objective, training
+from ddpm_jax import config, experiment, objective, planning, training
+from ddpm_jax.planning.collectives import OPS
 from ddpm_jax.training import mesh as mesh_lib
 
 CONFIG = config.Config(
@@ -17,7 +18,7 @@ CONFIG = config.Config(
     diffusion=config.DiffusionConfig(num_timesteps=50),
     optimizer=config.OptimizerConfig(learning_rate=1e-3),
 )
-STEPS, BATCH = 3, 16
+STEPS, BATCH = 3, 32
 
 
 def bytes_of(state, share):
@@ -37,6 +38,14 @@ def moves_to_another_mesh(state, abstract_of):
         "same_bits": all(np.asarray(old).tobytes() == np.asarray(new).tobytes() for old, new, _ in pairs),
         "on_the_new_mesh": all(new.sharding == wanted.sharding for _, new, wanted in pairs),
     }
+
+
+def sent(compiled, mesh):
+    """Bytes of each collective's results; by how often they run when a loop counts for a hundred."""
+    hlo = compiled.as_text()
+    once, often = (planning.collectives_of(hlo, mesh.size, trips) for trips in (1, 100))
+    found = {op: sum(x.bytes for x in once if x.op == op) for op in OPS}
+    return found | {"in_loops": sum(x.number for x in often) - sum(x.number for x in once)}
 
 
 def run(data, fsdp, accumulate=1):
@@ -71,6 +80,11 @@ def run(data, fsdp, accumulate=1):
             for x in jax.tree.leaves(state)
         ),
     }
+    cut = [x for x in jax.tree.leaves(abstract.params) if not x.sharding.is_fully_replicated]
+    found["cut_gradients"] = bytes_of(cut, lambda x: x.shape)
+    found["gradients"] = bytes_of(abstract.params, lambda x: x.shape)
+    images = jax.ShapeDtypeStruct((BATCH, 8, 8, 1), np.uint8, sharding=spread)
+    found["sent"] = sent(step.lower(state, {"image": images}, jax.random.key(1)).compile(), mesh)
     losses, counts, norms = [], [], []
     for n in range(STEPS):
         images = np.random.default_rng(n).integers(0, 256, (BATCH, 8, 8, 1), np.uint8)
@@ -97,8 +111,7 @@ def refusals():
 
 if __name__ == "__main__":
     mesh_lib.MIN_SHARDED_SIZE = 512  # so that this small network is cut
-    runs = {
-        name: run(*sizes) for name, sizes in {"1": (1, 1), "8": (8, 1), "2x4": (2, 4), "2x2 in 2": (2, 2, 2)}.items()
-    }
+    sizes = {"1": (1, 1), "8": (8, 1), "2x4": (2, 4), "4x2": (4, 2), "8 in 4": (8, 1, 4), "4x2 in 4": (4, 2, 4)}
+    runs = {name: run(*size) for name, size in sizes.items()}
     all_devices = {"-1,1": dict(training.make_mesh(-1, 1).shape), "-1,4": dict(training.make_mesh(-1, 4).shape)}
     json.dump({"runs": runs, "refusals": refusals(), "all": all_devices}, sys.stdout)

@@ -1,3 +1,5 @@
+import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -13,7 +15,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from ddpm_jax import training
 from ddpm_jax.models import UNet
-from ddpm_jax.training.mesh import state_shardings
+from ddpm_jax.training.mesh import across_slices, state_shardings
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,6 +76,68 @@ def test_the_mesh_of_one_device():
     assert training.replicated(mesh).is_fully_replicated
 
 
+# Several slices
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What the arrangement asks of a device that is not there."""
+
+    id: int
+    slice_index: int
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+
+def slices_of_rows(sizes, data, fsdp):
+    """The slices in each row of "fsdp", of slices of these sizes."""
+    devices = [Device(100 * i + j, i) for i, size in enumerate(sizes) for j in range(size)]
+    return [[device.slice_index for device in row] for row in across_slices(data, fsdp, devices)]
+
+
+def test_fsdp_stays_within_a_slice():
+    assert slices_of_rows([4, 4], 4, 2) == [[0, 0], [0, 0], [1, 1], [1, 1]]
+    assert slices_of_rows([4, 4], 2, 4) == [[0] * 4, [1] * 4]
+    assert slices_of_rows([4] * 4, 8, 2) == [[i // 2] * 2 for i in range(8)]
+
+
+def test_fsdp_spans_slices_only_where_it_must():
+    assert slices_of_rows([4, 4], 1, 8) == [[0] * 4 + [1] * 4]
+    assert slices_of_rows([2] * 4, 2, 4) == [[0, 0, 1, 1], [2, 2, 3, 3]]
+
+
+def test_part_of_a_slice_is_refused():
+    with pytest.raises(ValueError, match=r"mesh.data=3, mesh.fsdp=2: takes 4 and 2 devices of 2 slices; .*data = -1"):
+        slices_of_rows([4, 2], 3, 2)
+
+
+_TWO_SLICES = """
+import json, os, sys
+os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+from jax.experimental import topologies
+from ddpm_jax import training
+devices = topologies.get_topology_desc("v5e:2x4", "tpu", num_slices=2).devices
+found = {}
+for fsdp in (1, 4, 8):
+    mesh = training.make_mesh(-1, fsdp, list(devices))
+    found[fsdp] = [[device.slice_index for device in row] for row in mesh.devices]
+json.dump(found, sys.stdout)
+"""
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
+def test_two_tpu_slices():
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", _TWO_SLICES], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert found["1"] == [[i // 8] for i in range(16)]  # 2x4 is the shape of each slice
+    assert found["4"] == [[0] * 4] * 2 + [[1] * 4] * 2
+    assert found["8"] == [[0] * 8, [1] * 8]
+
+
 # Eight host devices, in a process of their own
 
 
@@ -88,10 +152,10 @@ def eight():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["8", "2x4", "2x2 in 2"])
+@pytest.mark.parametrize("mesh", ["8", "2x4", "4x2", "8 in 4", "4x2 in 4"])
 def test_many_devices_compute_what_one_does(eight, mesh):
     one, many = eight["runs"]["1"], eight["runs"][mesh]
-    assert many["devices"] == {"8": 8, "2x4": 8, "2x2 in 2": 4}[mesh]
+    assert many["devices"] == 8
     assert many["counts"] == one["counts"]  # the same timesteps, so the same draws
     np.testing.assert_allclose(many["params_sum"], one["params_sum"], rtol=1e-6)
     np.testing.assert_allclose(many["losses"], one["losses"], rtol=1e-5)
@@ -105,9 +169,22 @@ def test_each_device_holds_its_share_and_nothing_more(eight):
     assert all(run["as_described"] and run["stays"] and run["compiled"] == 1 for run in runs.values())
     assert runs["8"]["bytes_a_device"] == runs["8"]["bytes"] == runs["1"]["bytes"]
     assert 0.25 <= runs["2x4"]["bytes_a_device"] / runs["2x4"]["bytes"] < 0.3
-    assert 0.5 <= runs["2x2 in 2"]["bytes_a_device"] / runs["2x2 in 2"]["bytes"] < 0.55
+    assert 0.5 <= runs["4x2"]["bytes_a_device"] / runs["4x2"]["bytes"] < 0.55
     assert runs["8"]["whole_and_large"] > 0
     assert runs["2x4"]["whole_and_large"] <= 0.05 * runs["8"]["whole_and_large"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["8", "4x2", "8 in 4", "4x2 in 4"])
+def test_gradients_are_reduced_once_a_step_and_never_inside_a_loop(eight, mesh):
+    run = eight["runs"][mesh]
+    sent, cut = run["sent"], run["cut_gradients"]
+    assert sent["in_loops"] == 0
+    assert (cut > 0) == mesh.startswith("4x2")
+    if mesh == "4x2 in 4":
+        assert sent["reduce-scatter"] == cut / 2
+    # What fsdp = 2 cuts is reduced over two devices, and then a half of it over four. Loss and sums are small.
+    assert 0 <= sent["all-reduce"] + 2 * sent["reduce-scatter"] - run["gradients"] <= cut / 2 + 200
 
 
 @pytest.mark.slow
