@@ -8,7 +8,10 @@ sqrt(alpha_bar_T) = .36 and the chain does not end in the noise that sampling st
 rate that decays to 0, the average of the weights, a narrower network with one head of attention instead of four.
 `--config.model.block=convnext` takes their other block; its depthwise convolution is slow on a CPU.
 
-Expected: garments that a person names. Not yet measured here.
+Expected: garments that a person names (the README's picture), some of them ragged. Measured 2026-11-22 on two busy CPU
+cores, jax 0.10.2: an hour and a half; loss .074. `python -m ddpm_jax.sample --workdir runs/fashion_mnist --npz s.npz
+--num_images 256`, then `python -m benchmarks.judge s.npz --flip`: a classifier is more than 90 % sure of 51.6 % of the
+samples and of 74.3 % of real images; all ten classes occur.
 """
 
 from ddpm_jax.config import (
