@@ -17,6 +17,7 @@ _DPI = 100
 _FONT = 8  # points; a letter is about 6 pixels wide and a line 14 high
 _LETTER, _LINE = 6.2, 14
 _CELL = 96  # pixels: what a small image is enlarged to, or more where its label is wider ...
+_GAP = 6  # pixels between the images
 _SIDE = 1500  # ... as long as the sheet fits on a screen
 
 
@@ -44,7 +45,7 @@ def sheet(pictures: np.ndarray, rows: Sequence[str], columns: Sequence[str], tit
     letters = max(len(line) for label in columns for line in label.split("\n"))
     scale = _scale(pictures.shape, int(_LETTER * (letters + 1)))
     flat = pictures.reshape(count, *pictures.shape[2:])
-    canvas = images.grid(flat, columns=pictures.shape[1], padding=3, scale=scale)
+    canvas = images.grid(flat, columns=pictures.shape[1], padding=_GAP, scale=scale)
     canvas = np.broadcast_to(canvas, (*canvas.shape[:2], 3))  # a colour map would move some of the grays
     height, width = canvas.shape[:2]
     left = int(10 + _LETTER * max(map(len, rows), default=0))

@@ -15,7 +15,7 @@ def drawn(rows, columns, channels=1, size=8):
 def test_a_sheet_holds_every_pixel_of_its_grid(channels, title):
     pictures = drawn(2, 3, channels)
     sheet = figures.sheet(pictures, ["one", "a longer label"], ["a", "b", "c\nd"], title)
-    canvas = images.grid(pictures.reshape(6, 8, 8, channels), columns=3, padding=3, scale=12)
+    canvas = images.grid(pictures.reshape(6, 8, 8, channels), columns=3, padding=6, scale=12)
     canvas = np.broadcast_to(canvas, (*canvas.shape[:2], 3))
     assert (sheet.dtype, sheet.shape[2]) == (np.uint8, 3)
     bottom = sheet[-canvas.shape[0] - 4 : -4]

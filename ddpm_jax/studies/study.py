@@ -127,5 +127,10 @@ def pixels_of(config: Config, x0: np.ndarray | jax.Array) -> np.ndarray:
 
 
 def tiled(pictures: np.ndarray) -> np.ndarray:
-    """uint8 [R C N H W ch] -> [R C H' W' ch]: the N of a cell in a square without gaps."""
-    return np.stack([np.stack([images.grid(cell, padding=0, scale=1) for cell in row]) for row in pictures])
+    """uint8 [R C N H W ch] -> [R C H' W' ch]: the N of a cell in a square, a gray line between them."""
+    return np.stack(
+        [
+            np.stack([images.grid(cell, padding=1, background=128, scale=1)[1:-1, 1:-1] for cell in row])
+            for row in pictures
+        ]
+    )

@@ -15,7 +15,7 @@ def test_only_clipping_with_the_networks_own_eps_tells_them_apart():
     assert pairs["no clipping"] < 1e-4
     assert pairs["clipped, eps re-derived"] < 1e-4
     assert pairs["clipped, the network's eps"] > 1e-2
-    ddpm, ddim, apart = found.pictures.astype(int)
+    ddpm, ddim, apart = np.delete(np.delete(found.pictures.astype(int), 8, axis=2), 8, axis=3)  # the gray lines
     np.testing.assert_array_equal(np.abs(ddpm - ddim), apart)
     assert apart[:2].max() <= 1
     assert apart[2].max() > 1
