@@ -1,5 +1,6 @@
 """The launch scripts, with stand-ins for gcloud, kubectl, srun and scontrol that record how they are called."""
 
+import functools
 import json
 import os
 import shutil
@@ -327,7 +328,9 @@ def test_a_signal_saves_and_starts_nothing_again(launch, tmp_path, name, number,
     (tmp_path / "saves.py").write_text(_SAVES)
     counts = [] if name == "restart.sh" else [str(number)]
     command = ["bash", str(LAUNCH / name), *counts, sys.executable, str(tmp_path / "saves.py"), str(tmp_path)]
-    with subprocess.Popen(command, env=launch.env(), stderr=subprocess.PIPE, text=True) as process:
+    # Where the tests themselves run in the background of a shell, Ctrl-C is ignored, and so it would be in the script.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, env=launch.env(), stderr=subprocess.PIPE, text=True, preexec_fn=heed) as process:
         deadline = time.monotonic() + 30
         while not (tmp_path / "started").exists() or (tmp_path / "started").read_text() != "x\n" * number:
             assert time.monotonic() < deadline
