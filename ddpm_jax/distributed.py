@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+import re
 import time
 from collections.abc import Mapping
 
@@ -19,6 +20,10 @@ START_TIMEOUT_SECONDS = 300
 # How long a network file system may take to show one machine what another has written.
 VISIBLE_WITHIN_SECONDS = 10
 
+LOST_PEER = 134  # what the runtime's abort makes of a process whose peer died; the launch scripts start it again
+
+# How collectives over a network say that the other end is gone; the runtime's heartbeat says nothing, it aborts.
+_LOST_PEER = re.compile(r"gloo|nccl|coordination ?service|connection (reset|closed|refused)|broken pipe", re.IGNORECASE)
 _SLURM_STEP = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
 
@@ -86,6 +91,12 @@ def in_cluster(environ: Mapping[str, str]) -> bool:
 def is_first() -> bool:
     """Whether this process writes what all have computed. Unlike ``jax.process_index`` it touches no device."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether a process failed because another one is gone: a collective noticed before the heartbeat did."""
+    joined = jax.distributed.is_initialized()
+    return joined and isinstance(error, jax.errors.JaxRuntimeError) and bool(_LOST_PEER.search(str(error)))
 
 
 def check_shared(workdir: str) -> None:

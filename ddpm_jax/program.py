@@ -60,13 +60,20 @@ def _main(main: Callable[[], int | None], alone: bool) -> NoReturn:
     """Exits with the status of ``main``, started with its peers."""
     import jax
 
+    from ddpm_jax import distributed
+
     try:
         status = _guarded(main if alone else functools.partial(_joined, main))
-    except Exception:
+    except Exception as error:
         if not jax.distributed.is_initialized():
             raise
-        traceback.print_exc()
-        status = 1
+        if distributed.lost_peer(error):
+            reason = str(error).splitlines()[0]
+            print(f"error: another process of the run is gone ({reason:.200}); start all again", file=sys.stderr)
+            status = distributed.LOST_PEER
+        else:
+            traceback.print_exc()
+            status = 1
     if status not in (None, 0, 75) and jax.distributed.is_initialized():
         # At once: an orderly exit would wait for the peers, which wait for this process. The runtime will end them.
         sys.stdout.flush()

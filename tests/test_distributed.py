@@ -112,6 +112,23 @@ def test_programs_join_before_anything_else(run_program, tmp_path):
     assert results["mode"].code == 2
 
 
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("UNKNOWN: Gloo all-reduce failed: [pair.cc:538] Read error [10.0.0.2]:119: Connection reset by peer", True),
+        ("INTERNAL: NCCL operation ncclGroupEnd() failed: remote process exited or there was a network error", True),
+        ("UNAVAILABLE: failed to connect to all addresses; Connection refused", True),
+        ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 bytes", False),
+    ],
+)
+def test_a_collective_may_notice_a_dead_peer_first(monkeypatch, message, expected):
+    error = jax.errors.JaxRuntimeError(message)
+    assert not distributed.lost_peer(error)  # one process has none
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    assert distributed.lost_peer(error) is expected
+    assert not distributed.lost_peer(ValueError(message))
+
+
 # A workdir that not all processes share
 
 

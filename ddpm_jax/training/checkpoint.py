@@ -98,6 +98,8 @@ def restore(checkpoints: ocp.CheckpointManager, step: int, abstract_state: Any) 
     args = ocp.args.Composite(**{_ITEM: ocp.args.StandardRestore(abstract_state)})
     try:
         return checkpoints.restore(step, args=args)[_ITEM]
+    except jax.errors.JaxRuntimeError:  # of a device, or of a peer that is gone; the checkpoint may be whole
+        raise
     except Exception as error:  # what the storage raises: OSError, ValueError, KeyError, …
         reason = str(error).strip().partition("\n")[0][:200]
         raise ValueError(f"checkpoint {step} is damaged ({reason})") from error

@@ -108,7 +108,7 @@ def test_a_killed_run_goes_on_elsewhere_as_if_nothing_had_happened(run, alone):
     statuses = finish(processes, 200)
     assert time.monotonic() - killed < 120
     assert statuses[1] == -signal.SIGKILL
-    assert statuses[0] != 0, errors(workdir)
+    assert statuses[0] in (134, -signal.SIGABRT), errors(workdir)  # what the launch scripts start again
     saved = checkpoints(workdir)[-1]
     assert 2 * EVERY <= saved < STEPS
     assert finish(run("killed", 1, 2), TIMEOUT) == [0], errors(workdir)
