@@ -21,6 +21,7 @@ from jax.tree_util import Partial
 
 from benchmarks import timing
 from ddpm_jax import diffusion
+from ddpm_jax.compiler import compiler_options
 from ddpm_jax.interop import diffusers as interop
 
 CIFAR10 = {
@@ -56,6 +57,7 @@ def ours(path: str, args: argparse.Namespace) -> Callable[[], jax.Array]:
     size, key = folder.unet["image_size"], jax.random.key(0)
     x_T = jax.random.normal(jax.random.key(1), (args.batch, size, size, folder.unet["channels"]))
     options = {"num_steps": args.steps, "clip_x0": True, "rederive_eps": sampling["rederive_eps"]}
+    options["compiler_options"] = compiler_options(jax.default_backend())
     return lambda: diffusion.sample(denoise_fn, schedule, x_T, key, **options)
 
 

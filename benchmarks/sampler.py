@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from benchmarks import network, timing
 from ddpm_jax import diffusion, experiment
+from ddpm_jax.compiler import compiler_options
 
 
 def main() -> None:
@@ -36,7 +37,8 @@ def main() -> None:
     x_T = jax.random.normal(jax.random.key(1), (args.batch, *experiment.image_shape(config)))
     keys = jax.random.split(jax.random.key(2), args.batch)  # one an image, as `generate.draw` does
     t = jnp.full(x_T.shape[:1], 500)
-    denoise = jax.jit(lambda fn, x_t, t: fn(x_t, t))
+    xla = compiler_options(jax.default_backend())
+    denoise = jax.jit(lambda fn, x_t, t: fn(x_t, t), compiler_options=xla)
 
     def calls() -> jax.Array:
         x = x_T
@@ -45,7 +47,8 @@ def main() -> None:
         return x
 
     def chain(**options: Any) -> jax.Array:
-        return diffusion.sample(denoise_fn, schedule, x_T, keys, num_steps=args.steps, **options)
+        options |= {"num_steps": args.steps, "compiler_options": xla}
+        return diffusion.sample(denoise_fn, schedule, x_T, keys, **options)
 
     contenders: dict[str, Callable[[], jax.Array]] = {"calls": calls}
     for method in ("ddim", "ddpm", "dpm++"):  # one call a step; heun makes two

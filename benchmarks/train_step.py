@@ -33,6 +33,7 @@ import jax.numpy as jnp
 
 from benchmarks import network, timing
 from ddpm_jax import experiment
+from ddpm_jax.compiler import compiler_options
 from ddpm_jax.config import Config
 from ddpm_jax.models.unet import default_num_groups
 
@@ -49,7 +50,7 @@ def our_steps(config: Config) -> tuple[dict[str, Callable[[], object]], float, i
     x_t = jax.random.normal(jax.random.key(1), (config.train.batch_size, *experiment.image_shape(config)))
     t = jnp.full(x_t.shape[:1], 500)
     # Parameters are arguments, as in the sampler; `denoise_fn` is a pytree.
-    denoise = jax.jit(lambda fn, x_t, t: fn(x_t, t))
+    denoise = jax.jit(lambda fn, x_t, t: fn(x_t, t), compiler_options=compiler_options(jax.default_backend()))
     cost: Any = denoise.lower(denoise_fn, x_t, t).cost_analysis()
     steps = {KINDS[0]: trainer.step, KINDS[1]: lambda: denoise(denoise_fn, x_t, t)}
     return steps, cost["flops"], trainer.num_parameters

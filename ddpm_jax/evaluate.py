@@ -99,6 +99,7 @@ def _bound(run: experiment.Run, x0: Any, keys: Any, labels: Any, on_step: Any) -
         clip_x0=options["clip_x0"],
         bounds=normalizer.clip_bounds(experiment.make_normalizer(run.config)),
         on_step=on_step,
+        compiler_options=options["compiler_options"],
     )
 
 

@@ -18,6 +18,7 @@ from jax.tree_util import Partial
 from ddpm_jax import config as config_lib
 from ddpm_jax import diffusion, images, models, training
 from ddpm_jax import normalizer as normalizer_lib
+from ddpm_jax.compiler import compiler_options
 from ddpm_jax.config import Config, ConfigError
 from ddpm_jax.fields import differences
 
@@ -199,6 +200,7 @@ def sampling_options(config: Config) -> dict[str, Any]:
         "dynamic_threshold": settings.dynamic_threshold or None,
         "max_threshold": settings.max_threshold or None,
         "rederive_eps": settings.rederive_eps,
+        "compiler_options": compiler_options(jax.default_backend()),
     }
 
 

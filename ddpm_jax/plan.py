@@ -143,7 +143,8 @@ def _sampler(setup: Setup) -> tuple[tuple[Any, ...], Any]:
     def sample(params: Any, x_T: jax.Array, keys: jax.Array, labels: jax.Array | None = None) -> Any:
         denoise_fn = experiment.make_denoise_fn(setup.model, params, setup.schedule)
         denoise_fn = experiment.conditioned(denoise_fn, config, labels)
-        return diffusion.sample(denoise_fn, setup.schedule, x_T, keys, **experiment.sampling_options(config))
+        options = experiment.sampling_options(config) | {"compiler_options": None}  # those of this machine
+        return diffusion.sample(denoise_fn, setup.schedule, x_T, keys, **options)
 
     return (setup.abstract_state.params, *arrays), jax.jit(sample)
 

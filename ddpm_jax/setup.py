@@ -5,6 +5,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ddpm_jax import data, experiment, objective, training
+from ddpm_jax.compiler import compiler_options
 from ddpm_jax.config import Config
 
 
@@ -25,6 +26,7 @@ class Setup:
             jax.tree.map(lambda x: x.sharding, self.abstract_state),
             {name: x.sharding for name, x in self.abstract_batch().items()},
             accumulate=config.train.accumulate,
+            compiler_options=compiler_options(mesh.devices.flat[0].platform),
             loss_fn=objective.make_loss_fn(config, self.model, self.schedule),
             optimizer=self.optimizer,
             learning_rate=learning_rate,

@@ -1,13 +1,14 @@
 """DDIM inversion: from a clean image to the noise that DDIM turns into it."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
+from ddpm_jax.diffusion.compiling import compiled
 from ddpm_jax.diffusion.listening import run_with_listener, tell
 from ddpm_jax.diffusion.process import PREDICTIONS, eps_from, unknown_prediction
 from ddpm_jax.diffusion.samplers import checked_plan, network_output
@@ -24,6 +25,7 @@ def invert(
     plan: tuple[np.ndarray, np.ndarray] | None = None,
     prediction: str = "eps",
     on_step: Callable[[int], object] | None = None,
+    compiler_options: Mapping[str, str] | None = None,
 ) -> jax.Array:
     """x_T whose DDIM chain (eta = 0) ends in x0, inside one compiled ``lax.scan``  (Song et al. 2021, section 4.3).
 
@@ -44,7 +46,7 @@ def invert(
         plan: ``(t, t_prev)`` of the chain to be inverted, noisy to clean as for ``sample``, in place of num_steps and
             spacing. Where its last t_prev is not -1, x0 is an image of that noise level.
         prediction: what the network predicts: "eps", "x0" or "v".
-        on_step: called with 0 .. S-1 as each step ends; see ``sample``.
+        on_step, compiler_options: see ``sample``.
 
     Returns:
         x_T, float32 [B H W C], at the noise level of the plan's first t.
@@ -59,7 +61,7 @@ def invert(
     if on_step is not None and isinstance(x0, jax.core.Tracer):
         raise ValueError("on_step: inside another jit the chain runs after the call has returned; leave it out there")
     run = functools.partial(
-        _run_inversion,
+        _run_inversion(compiler_options),
         denoise_fn if isinstance(denoise_fn, Partial) else Partial(denoise_fn),
         schedule,
         x0,
@@ -70,7 +72,7 @@ def invert(
     return run(listener=None) if on_step is None else run_with_listener(run, on_step)
 
 
-@functools.partial(jax.jit, static_argnames="prediction")
+@compiled("prediction")
 def _run_inversion(
     denoise_fn: Partial,
     schedule: Schedule,

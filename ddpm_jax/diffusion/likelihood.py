@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ from jax.scipy.special import log_ndtr
 from jax.tree_util import Partial
 
 from ddpm_jax.diffusion.clipping import Clip, clipped, make_clip
+from ddpm_jax.diffusion.compiling import compiled
 from ddpm_jax.diffusion.listening import run_with_listener, tell
 from ddpm_jax.diffusion.process import PREDICTIONS, posterior_variance, q_sample, unknown_prediction, x0_from
 from ddpm_jax.diffusion.samplers import checked_key, network_output, noise_at
@@ -121,6 +122,7 @@ def variational_bound(
     num_levels: int = NUM_LEVELS,
     chunk: int = 1,
     on_step: Callable[[int], object] | None = None,
+    compiler_options: Mapping[str, str] | None = None,
 ) -> Bound:
     """A bound on -log2 p(x0) in bits a dimension, from one draw of x_t at every t, inside one compiled loop.
 
@@ -137,6 +139,7 @@ def variational_bound(
         bounds, num_levels: of the levels, see ``decoder_term``.
         chunk: timesteps in one network call; B times as many images.
         on_step: called with 0, 1, .. as each of the ceil(T / chunk) chunks ends; see ``sample``.
+        compiler_options: see ``sample``.
 
     Raises:
         ValueError: an argument is out of range; the message names it and the remedy.
@@ -149,7 +152,7 @@ def variational_bound(
         raise ValueError(f"chunk={chunk}: must lie in 1 .. {schedule.num_timesteps}, the timesteps of the schedule")
     x0 = jnp.asarray(x0, jnp.float32)
     run = functools.partial(
-        _run_bound,
+        _run_bound(compiler_options),
         denoise_fn if isinstance(denoise_fn, Partial) else Partial(denoise_fn),
         schedule,
         x0,
@@ -164,7 +167,7 @@ def variational_bound(
     return run(listener=None) if on_step is None else run_with_listener(run, on_step)
 
 
-@functools.partial(jax.jit, static_argnames=("variance", "prediction", "num_levels", "chunk"))
+@compiled("variance", "prediction", "num_levels", "chunk")
 def _run_bound(
     denoise_fn: Partial,
     schedule: Schedule,

@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from ddpm_jax.diffusion.clipping import Clip, clipped, make_clip
+from ddpm_jax.diffusion.compiling import compiled
 from ddpm_jax.diffusion.listening import run_with_listener, tell
 from ddpm_jax.diffusion.process import PREDICTIONS, eps_from, x0_from
 from ddpm_jax.diffusion.schedule import Schedule, ScheduleWarning
@@ -46,6 +47,7 @@ def sample(
     rederive_eps: bool = True,
     trajectory: int = 0,
     on_step: Callable[[int], object] | None = None,
+    compiler_options: Mapping[str, str] | None = None,
 ) -> Any:
     """Runs a chain from x_T to x0 inside one compiled ``lax.scan``.
 
@@ -80,6 +82,7 @@ def sample(
         trajectory: K > 0 also returns K evenly chosen steps of the chain; the first among them, and the last if K > 1.
         on_step: called with 0 .. S-1 from inside the scan as each step ends, for a progress bar. The call then returns
             when the chain is done instead of at once.
+        compiler_options: of ``jax.jit``, for XLA; none inside another jit.
 
     Returns:
         x0 [B H W C] float32, or ``(x0, Trajectory)`` where trajectory > 0.
@@ -95,7 +98,7 @@ def sample(
     if on_step is not None and isinstance(x_T, jax.core.Tracer):
         raise ValueError("on_step: inside another jit the chain runs after the call has returned; leave it out there")
     run = functools.partial(
-        _run_chain,
+        _run_chain(compiler_options),
         denoise_fn if isinstance(denoise_fn, Partial) else Partial(denoise_fn),
         schedule,
         x_T,
@@ -114,7 +117,7 @@ def sample(
     return (x0, kept) if trajectory else x0
 
 
-@functools.partial(jax.jit, static_argnames=("kept", "method", "variance", "prediction", "rederive_eps"))
+@compiled("kept", "method", "variance", "prediction", "rederive_eps")
 def _run_chain(
     denoise_fn: Partial,
     schedule: Schedule,

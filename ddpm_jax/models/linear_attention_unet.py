@@ -89,7 +89,7 @@ class LinearAttentionUNet(nn.Module):
             h = attend(name=f"down_{level}_attention")(h)
             skips.append(h)
             if level + 1 < len(widths):
-                h = conv(width, train=train, strides=2, padding=0, dtype=self.dtype, name=f"down_{level}_downsample")(h)
+                h = conv(width, strides=2, padding=0, dtype=self.dtype, name=f"down_{level}_downsample")(h)
 
         h = block(widths[-1], name="middle_block_0")(h, embedding, train)
         h = with_remat(FullAttention, self.remat)(**attention, name="middle_attention")(h)
@@ -103,7 +103,7 @@ class LinearAttentionUNet(nn.Module):
             h = attend(name=f"up_{level}_attention")(h)
             if level > 0:
                 h = h.repeat(2, axis=1).repeat(2, axis=2)  # nearest neighbour
-                h = conv(width, train=train, dtype=self.dtype, name=f"up_{level}_upsample")(h)
+                h = conv(width, dtype=self.dtype, name=f"up_{level}_upsample")(h)
 
         return nn.Dense(self.out_channels, kernel_init=zero_init, dtype=jnp.float32, name="conv_out")(h)
 
@@ -155,10 +155,10 @@ class ConvNextBlock(nn.Module):
         shift = _dense(width, self.dtype, "time_dense")(gelu(embedding))
         h = depthwise(x) + shift[:, None, None, :]
         h = self.norm(name="norm_0")(h)
-        h = gelu(conv(self.mult * self.channels, train=train, dtype=self.dtype, name="conv_0")(h))
+        h = gelu(conv(self.mult * self.channels, dtype=self.dtype, name="conv_0")(h))
         h = self.norm(name="norm_1")(h)
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
-        h = conv(self.channels, train=train, dtype=self.dtype, name="conv_1")(h)
+        h = conv(self.channels, dtype=self.dtype, name="conv_1")(h)
         return _shortcut(x, self.channels, self.dtype) + h
 
 
@@ -178,10 +178,10 @@ class ResnetBlock(nn.Module):
         """x [B H W C] and embedding [B D] -> [B H W channels]."""
         time = _dense(2 * self.channels, self.dtype, "time_dense")(nn.silu(embedding))
         scale, shift = jnp.split(time[:, None, None, :], 2, axis=-1)
-        h = conv(self.channels, train=train, dtype=self.dtype, name="conv_0")(x)
+        h = conv(self.channels, dtype=self.dtype, name="conv_0")(x)
         h = self.norm(name="norm_0")(h) * (scale + 1) + shift
         h = nn.Dropout(self.dropout, deterministic=not train)(nn.silu(h))
-        h = conv(self.channels, train=train, dtype=self.dtype, name="conv_1")(h)
+        h = conv(self.channels, dtype=self.dtype, name="conv_1")(h)
         h = nn.silu(self.norm(name="norm_1")(h))
         return _shortcut(x, self.channels, self.dtype) + h
 

@@ -68,12 +68,11 @@ class ResidualUNet(nn.Module):
             x_t: noisy images [B H W C], H and W divisible by 2^(levels - 1), square or not.
             noise_level: 1 - alpha_bar, the variance of the noise in x_t, float [B] in [0, 1].
             label: int32 [B], 0 .. num_classes; None means "no label". Refused where num_classes is 0.
-            train: whether gradients will be taken; the output is the same.
+            train: as for every network; here it makes no difference.
         """
         self._check(x_t, noise_level, label)
         num_groups = self.num_groups or default_num_groups(self.base_channels)
-        # `train` is argument 2 of a block, the module itself being 0.
-        block = functools.partial(with_remat(ResidualBlock, self.remat, (2,)), num_groups=num_groups, dtype=self.dtype)
+        block = functools.partial(with_remat(ResidualBlock, self.remat), num_groups=num_groups, dtype=self.dtype)
         *widths, middle = (self.base_channels * mult for mult in self.channel_mults)
 
         h = nn.Dense(self.base_channels, kernel_init=default_init, dtype=self.dtype, name="conv_in")(x_t)
@@ -83,18 +82,18 @@ class ResidualUNet(nn.Module):
         skips = []
         for level, width in enumerate(widths):
             for i in range(self.num_res_blocks):
-                h = block(width, name=f"down_{level}_block_{i}")(h, train)
+                h = block(width, name=f"down_{level}_block_{i}")(h)
                 skips.append(h)
             h = downsample(h)
 
         for i in range(self.num_res_blocks):
-            h = block(middle, name=f"middle_block_{i}")(h, train)
+            h = block(middle, name=f"middle_block_{i}")(h)
 
         for level, width in reversed(list(enumerate(widths))):
             h = upsample(h)
             for i in range(self.num_res_blocks):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
-                h = block(width, name=f"up_{level}_block_{i}")(h, train)
+                h = block(width, name=f"up_{level}_block_{i}")(h)
 
         return nn.Dense(self.out_channels, kernel_init=zero_init, dtype=jnp.float32, name="conv_out")(h)
 
@@ -126,13 +125,13 @@ class ResidualBlock(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         """[B H W C] -> [B H W channels]."""
         norm = nn.GroupNorm(
             self.num_groups, epsilon=NORM_EPSILON, use_scale=False, use_bias=False, dtype=self.dtype, name="norm"
         )
-        h = nn.silu(conv(self.channels, train=train, dtype=self.dtype, name="conv_0")(norm(x)))
-        h = conv(self.channels, train=train, dtype=self.dtype, name="conv_1")(h)
+        h = nn.silu(conv(self.channels, dtype=self.dtype, name="conv_0")(norm(x)))
+        h = conv(self.channels, dtype=self.dtype, name="conv_1")(h)
         if x.shape[-1] != self.channels:
             x = nn.Dense(self.channels, kernel_init=default_init, dtype=self.dtype, name="shortcut")(x)
         return x + h

@@ -9,8 +9,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ddpm_jax.models.convolution import conv_for_training
-
 NORM_EPSILON = 1e-6  # as Ho et al.
 REMATS = ("none", "blocks", "dots")
 ATTENTIONS = ("xla", "cudnn")
@@ -94,7 +92,7 @@ class UNet(nn.Module):
         attending_up = self.attention_resolutions if attending_up is None else attending_up
         last_level = len(self.channel_mults) - 1
 
-        h = conv(self.base_channels, train=train, dtype=self.dtype, name="conv_in")(x_t.astype(self.dtype))
+        h = conv(self.base_channels, dtype=self.dtype, name="conv_in")(x_t.astype(self.dtype))
         skips = [h]
         for level, mult in enumerate(self.channel_mults):
             for i in range(self.num_res_blocks):
@@ -104,7 +102,7 @@ class UNet(nn.Module):
                 skips.append(h)
             if level < last_level:
                 halve = {"strides": 2, "padding": self.downsample_padding}
-                h = conv(h.shape[-1], train=train, dtype=self.dtype, name=f"down_{level}_downsample", **halve)(h)
+                h = conv(h.shape[-1], dtype=self.dtype, name=f"down_{level}_downsample", **halve)(h)
                 skips.append(h)
 
         h = block(h.shape[-1], name="middle_block_0")(h, embedding, train)
@@ -122,11 +120,11 @@ class UNet(nn.Module):
                     h = attend(name=f"up_{level}_attention_{i}")(h)
             if level > 0:
                 h = h.repeat(2, axis=1).repeat(2, axis=2)  # nearest neighbour
-                h = conv(h.shape[-1], train=train, dtype=self.dtype, name=f"up_{level}_upsample")(h)
+                h = conv(h.shape[-1], dtype=self.dtype, name=f"up_{level}_upsample")(h)
 
         # Few channels, so float32 is nearly free here, and the output keeps more than bfloat16's eight bits.
         h = nn.silu(norm(dtype=jnp.float32, name="norm_out")(h))
-        return conv(self.out_channels, train=train, kernel_init=zero_init, dtype=jnp.float32, name="conv_out")(h)
+        return conv(self.out_channels, kernel_init=zero_init, dtype=jnp.float32, name="conv_out")(h)
 
     def _blocks(self, norm: Any) -> tuple[Any, Any]:
         """What makes a residual block and an attention block."""
@@ -192,7 +190,7 @@ class ResBlock(nn.Module):
     def __call__(self, x: jax.Array, embedding: jax.Array, train: bool) -> jax.Array:
         """x [B H W C] and embedding [B D] -> [B H W channels]."""
         h = nn.silu(self.norm(dtype=self.dtype, name="norm_0")(x))
-        h = conv(self.channels, train=train, dtype=self.dtype, name="conv_0")(h)
+        h = conv(self.channels, dtype=self.dtype, name="conv_0")(h)
         width = self.channels * (1 + self.time_scale_shift)
         time = nn.Dense(width, kernel_init=default_init, dtype=self.dtype, name="time_dense")(nn.silu(embedding))
         time = time[:, None, None, :]
@@ -202,7 +200,7 @@ class ResBlock(nn.Module):
         else:
             h = self.norm(dtype=self.dtype, name="norm_1")(h + time)
         h = nn.Dropout(self.dropout, deterministic=not train)(nn.silu(h))
-        h = conv(self.channels, train=train, kernel_init=zero_init, dtype=self.dtype, name="conv_1")(h)
+        h = conv(self.channels, kernel_init=zero_init, dtype=self.dtype, name="conv_1")(h)
         if x.shape[-1] != self.channels:
             x = nn.Dense(self.channels, kernel_init=default_init, dtype=self.dtype, name="shortcut")(x)
         return x + h
@@ -263,7 +261,6 @@ def default_num_groups(base_channels: int) -> int:
 def conv(
     channels: int,
     *,
-    train: bool,
     strides: int = 1,
     padding: int = 1,
     kernel_init: Any = default_init,
@@ -281,7 +278,6 @@ def conv(
         padding=((padding, 1), (padding, 1)),
         kernel_init=kernel_init,
         dtype=dtype,
-        conv_general_dilated_cls=(lambda: conv_for_training) if train else None,
         name=name,
     )
 

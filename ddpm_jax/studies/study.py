@@ -94,7 +94,7 @@ def encode(run: experiment.Run, start: Start, on_step: OnStep | None = None, **f
         run.schedule,
         start.x_T,
         on_step=on_step,
-        **{name: options[name] for name in ("num_steps", "spacing", "plan", "prediction")},
+        **{name: options[name] for name in ("num_steps", "spacing", "plan", "prediction", "compiler_options")},
     )
     return np.asarray(generate.fetch(x_T))[: start.num_images]
 

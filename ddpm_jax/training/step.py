@@ -100,6 +100,7 @@ def make_train_step(
     batch_shardings: dict[str, NamedSharding],
     *,
     accumulate: int = 1,
+    compiler_options: dict[str, str] | None = None,
     **options: Any,
 ) -> Any:
     """``train_step`` jitted over a mesh, the state donated: ``step(state, batch, key) -> (state, metrics)``.
@@ -109,6 +110,7 @@ def make_train_step(
         state_shardings: of the state, in and out.
         batch_shardings: of each array of a batch as it is sent.
         accumulate: micro-batches a step; the mean of their gradients is that of the undivided batch.
+        compiler_options: of ``jax.jit``, for XLA.
         options: of ``train_step``.
     """
     if accumulate > 1:
@@ -120,6 +122,7 @@ def make_train_step(
         in_shardings=(state_shardings, batch_shardings, replicated(mesh)),
         out_shardings=(state_shardings, replicated(mesh)),
         donate_argnums=0,
+        compiler_options=compiler_options,
     )
 
 

@@ -56,7 +56,7 @@ def test_other_bounds_move_as_the_range_of_images_does():
 
 
 def test_another_quantile_compiles_nothing_new():
-    run = diffusion.samplers._run_chain
+    run = diffusion.samplers._run_chain(None)
     last_guess(dynamic_threshold=0.9)
     compiled = run._cache_size()
     last_guess(dynamic_threshold=0.8, max_threshold=3.0)

@@ -348,7 +348,7 @@ def test_a_chain_costs_its_network_calls_and_no_more():
 
 
 def test_new_values_compile_nothing_new():
-    traced, compiled = [], samplers._run_chain._cache_size()
+    traced, compiled = [], samplers._run_chain(None)._cache_size()
 
     def network(params, x_t, t):
         assert (x_t.dtype, t.dtype, t.shape) == (jnp.float32, jnp.int32, (4,))
@@ -367,7 +367,7 @@ def test_new_values_compile_nothing_new():
     assert all((first != other).any() for other in results)  # each was listened to
     np.testing.assert_array_equal(first, run(clip_x0=True))
     assert len(traced) == 1
-    assert samplers._run_chain._cache_size() == compiled + 1
+    assert samplers._run_chain(None)._cache_size() == compiled + 1
     run(trajectory=2)
     assert len(traced) == 2  # so the counter does count
 
