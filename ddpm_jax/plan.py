@@ -41,10 +41,11 @@ def define_flags() -> None:
     flags.DEFINE_string("dtype", None, "Stands for config.dtype; auto is bfloat16, as on a TPU.")
     flags.DEFINE_string("remat", None, "Stands for config.train.remat.")
     flags.DEFINE_string("json", None, "Also write the numbers to this file.")
+    flags.DEFINE_integer("weak_scaling", 0, "Also say what slices of up to so many chips do, on paper.", lower_bound=0)
     flags.DEFINE_bool("sweep", False, "Double the batch until it does not fit, and print a table.")
 
 
-def plan(config: Config, topology: str, what: str = "train") -> Plan:
+def plan(config: Config, topology: str, what: str = "train", weak_scaling: int = 0) -> Plan:
     """What one step costs each device of a slice, and how long it takes at least (a roofline).
 
     A step of the sampler is one call of the denoiser. FLOPs and bytes are the compiler's own count, and its bytes are
@@ -54,6 +55,7 @@ def plan(config: Config, topology: str, what: str = "train") -> Plan:
         config: the experiment; ``train.batch_size`` is the batch over all devices, ``dtype`` "auto" is bfloat16.
         topology: "v5e:2x4".
         what: "train" or "sample", whose batch is ``train.num_samples``.
+        weak_scaling: chips; adds ``weak_scaling``, the same work a device on slices of up to so many, on paper.
 
     Returns:
         topology, devices, device_kind, batch_size, params; bytes on a device: argument_bytes, temp_bytes, hbm_bytes
@@ -93,15 +95,24 @@ def plan(config: Config, topology: str, what: str = "train") -> Plan:
             raise
         return found | {"temp_bytes": wanted}
     accumulate = config.train.accumulate if what == "train" else 1
-    cost = planning.cost_of(compiled, _bytes_on_device(setup.abstract_state), accumulate)
+    return found | _costs(compiled, device, mesh, _bytes_on_device(setup.abstract_state), accumulate, weak_scaling)
+
+
+def _costs(
+    compiled: Any, device: planning.Device, mesh: Mesh, state_bytes: int, accumulate: int, weak_scaling: int
+) -> Plan:
+    """What a compiled step says of itself, and what follows."""
+    cost = planning.cost_of(compiled, state_bytes, accumulate)
     collectives = planning.collectives_of(compiled.as_text(), mesh.size, accumulate)
-    num_links = planning.links(device, _coordinates(mesh))
-    return (
-        found
-        | cost._asdict()
-        | {"fits": cost.argument_bytes + cost.temp_bytes <= device.hbm_bytes, "collectives": _by_op(collectives)}
-        | planning.roofline(device, cost, collectives, num_links)._asdict()
-    )
+    coordinates = _coordinates(mesh)
+    step = planning.roofline(device, cost, collectives, planning.links(device, coordinates))
+    fits = cost.argument_bytes + cost.temp_bytes <= device.hbm_bytes
+    found = cost._asdict() | {"fits": fits, "collectives": _by_op(collectives)} | step._asdict()
+    if weak_scaling:
+        shape = [len(set(axis)) for axis in zip(*coordinates, strict=True)]
+        scales = planning.weak_scaling(device, shape, step, collectives, fsdp=mesh.shape["fsdp"], most=weak_scaling)
+        found["weak_scaling"] = [scale._asdict() for scale in scales]
+    return found
 
 
 def _devices(topology: str) -> list[Any]:
@@ -187,6 +198,11 @@ def describe(found: Plan) -> str:
         f"  limited by        {found['bound']}: {1e3 * _step_seconds(found):.3f} ms a step at least, "
         f"{found['batch_size'] / _step_seconds(found):,.0f} images a second, MFU {found['mfu_limit']:.0%} at most",
     ]
+    for scale in found.get("weak_scaling", []):
+        lines.append(
+            f"  on {scale['chips']:>4} chips      {1e3 * scale['collective_s']:.3f} ms of messages; "
+            f"{scale['hidden']:.1%} of the work a second a device, {scale['exposed']:.1%} where nothing hides them"
+        )
     return "\n".join(lines)
 
 
@@ -251,7 +267,7 @@ def main() -> None:
             result.append(found)
             print(_row(found), flush=True)
     else:
-        result = plan(config, FLAGS.topology, FLAGS.program)
+        result = plan(config, FLAGS.topology, FLAGS.program, FLAGS.weak_scaling)
         print(describe(result))
     if FLAGS.json:
         epath.Path(FLAGS.json).write_text(json.dumps(result, indent=2) + "\n")

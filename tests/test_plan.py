@@ -45,6 +45,15 @@ def test_the_numbers_of_a_train_step(here, config, compilation_cache):
     assert found["mfu_limit"] == found["compute_s"] / longest
 
 
+def test_weak_scaling_is_added_and_told(here, config, compilation_cache):
+    found = plan.plan(config, "v5e:2x4", weak_scaling=4)
+    assert list(found) == [*KEYS.split(), "weak_scaling"]
+    assert [scale["chips"] for scale in found["weak_scaling"]] == [1, 2, 4]
+    assert found["weak_scaling"][0]["collective_s"] == found["collective_s"]
+    assert "on    4 chips" in plan.describe(found)
+
+
+
 def test_micro_batches_cost_about_what_the_undivided_batch_does(here, config, make_config, compilation_cache):
     whole = plan.plan(config, "v5e:2x4")
     fields = {"model.dropout": 0.0, "train.batch_size": 16, "dtype": "float32", "train.accumulate": 4}
