@@ -49,6 +49,7 @@ def open_folder(source: str, root: Path, image_size: int, channels: int) -> Stre
     Which files cannot be read is not known before; the next one in the order of paths that can stands in for such a
     file, label included, in the same place for any number of processes.
     """
+    tf = import_tensorflow()
     names = _listed(source, root)
     paths, labels = [str(root / name) for name in names], _labels(names)
 
@@ -70,7 +71,10 @@ def open_folder(source: str, root: Path, image_size: int, channels: int) -> Stre
         order=order,
         pick=pick,
         follow=follow,
-        decode=partial(_read_with_tensorflow, image_size=image_size, channels=channels),
+        decode=tf.function(  # traced once, and not in every chunk of the stream
+            partial(_read_with_tensorflow, image_size=image_size, channels=channels),
+            input_signature=[tf.TensorSpec((), "string")],
+        ),
         stand_in=_Neighbours(source, paths, image_size, channels),
     )
 

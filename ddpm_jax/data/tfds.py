@@ -91,17 +91,25 @@ def open_tfds(source: str, name: str, split: str, data_dir: str | None, image_si
     fields = _fields(builder)
     partial = tfds.decode.PartialDecoding(fields, decoders={"image": tfds.decode.SkipDecoding()})
     features = partial.extract_features(builder.info.features)
+    # Traced here, once, and not in every epoch and every chunk of a stream.
+    signature = [import_tensorflow().TensorSpec((), "string")]
+    trace = functools.partial(import_tensorflow().function, input_signature=signature)
     return RecordFiles(
         sizes=tuple(file.take for file in files),
-        read=functools.partial(_read_records, files, features, partial.decoders, _damaged(source, builder)),
-        decode=lambda encoded: fit(features["image"].decode_example(encoded), image_size, channels),
+        read=functools.partial(
+            _read_records,
+            files,
+            trace(lambda record: features.deserialize_example(record, decoders=partial.decoders)),
+            _damaged(source, builder),
+        ),
+        decode=trace(lambda encoded: fit(features["image"].decode_example(encoded), image_size, channels)),
         has_labels="label" in fields,
         damaged=_damaged(source, builder),
     )
 
 
 def _read_records(
-    files: list[Any], features: Any, decoders: Any, damaged: str, numbers: np.ndarray, skip: int
+    files: list[Any], parse: Callable[[Any], Any], damaged: str, numbers: np.ndarray, skip: int
 ) -> Iterator[Example]:
     """The encoded images and labels of some files, one file after the other."""
     tf = import_tensorflow()
@@ -116,13 +124,13 @@ def _read_records(
     dataset = dataset.flat_map(
         lambda name, skip, take: tf.data.TFRecordDataset(name, buffer_size=_READ_BYTES).skip(skip).take(take)
     )
-    dataset = dataset.map(lambda record: features.deserialize_example(record, decoders=decoders))
-    done = 0
+    dataset = dataset.map(parse)
+    done, failure = 0, tf.errors.OpError  # looked up now: a program may end while this waits, its modules already empty
     try:
         for batch in dataset.batch(_RECORDS).prefetch(1).as_numpy_iterator():
             done += len(batch["image"])
             yield from zip(batch["image"], batch.get("label", itertools.repeat(None)), strict=False)
-    except tf.errors.OpError as error:
+    except failure as error:
         raise DataError(f"{damaged} ({_in_one_line(error)})") from error
     if done != sum(takes):
         raise DataError(f"{damaged} ({done} images instead of {sum(takes)})")
