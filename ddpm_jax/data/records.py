@@ -10,6 +10,7 @@ from ddpm_jax.data.image_set import DataError, Encoded, Stream
 from ddpm_jax.data.order import stream_epoch, stream_indices
 from ddpm_jax.data.pipeline import ahead
 from ddpm_jax.data.tfds import Example, open_tfds
+from ddpm_jax.progress import progress
 
 
 def open_records(
@@ -28,11 +29,13 @@ def open_records(
 
     def pick(indices: np.ndarray) -> Encoded:
         found: dict[int, Example] = {}
-        for file in np.unique(np.searchsorted(starts, indices, side="right") - 1):
-            wanted = set(indices[(indices >= starts[file]) & (indices < starts[file + 1])].tolist())
-            first = min(wanted)
-            records = files.read(np.array([file]), first - int(starts[file]))
-            found |= {i: x for i, x in zip(range(first, max(wanted) + 1), records, strict=False) if i in wanted}
+        with progress(len(set(indices.tolist())), "reading images", "img") as bar:
+            for file in np.unique(np.searchsorted(starts, indices, side="right") - 1):
+                wanted = set(indices[(indices >= starts[file]) & (indices < starts[file + 1])].tolist())
+                line = range(min(wanted), max(wanted) + 1)
+                examples = files.read(np.array([file]), line.start - int(starts[file]))
+                found |= {i: x for i, x in zip(line, examples, strict=False) if i in wanted}
+                bar.update(len(wanted))
         return encoded([found[i] for i in indices.tolist()], indices)
 
     def follow(
@@ -94,7 +97,7 @@ def _windows(
         records = read(plan.files, begin)
         for start in range(begin, total, window):
             here = slice(start, start + window)
-            positions = epoch * total + np.arange(total)[here]
+            positions = epoch * total + np.arange(start, min(start + window, total))
             kept = is_mine[positions % batch_size] & (positions >= first)
             position_of = dict(zip(plan.order[here][kept].tolist(), positions[kept].tolist(), strict=True))
             line = plan.line[here].tolist()
