@@ -32,7 +32,8 @@ class DataConfig:
     normalizer: str = "none"  # or mean_std: x0 = (x - mean) / std of images x in [-1, 1], channel by channel
     mean: tuple[float, ...] = ()  # of mean_std, and so is std; left out, a new run measures them in its images
     std: tuple[float, ...] = ()
-    placement: str = "host"  # host: tf.data or numpy serve batches; device: the whole set lies in accelerator memory
+    placement: str = "host"  # all images lie in host memory, with device in accelerator memory, with stream nowhere
+    shuffle_buffer: int = 10_000  # images shuffled together in a stream of TFDS; a folder is always shuffled whole
 
 
 @dataclasses.dataclass(slots=True)
@@ -190,8 +191,25 @@ def validate(config: Config) -> None:
         raise ConfigError(f"config.mesh.data={config.mesh.data}: must be positive, or -1 for all the rest")
     if config.seed >= 2**63:
         raise ConfigError(f"config.seed={config.seed}: must be below 2^63")
+    _check_stream(config)
     _check_network(config)
     _check_chains(config)
+
+
+def _check_stream(config: Config) -> None:
+    settings = config.data
+    if settings.placement != "stream":
+        return
+    if not settings.source.startswith(("tfds:", "folder:")):
+        raise ConfigError(
+            f"config.data.placement='stream': is of tfds: and folder:, not of config.data.source={settings.source!r}; "
+            "use host"
+        )
+    if needs_measuring(config):
+        raise ConfigError(
+            "config.data.mean=(): the images of config.data.placement='stream' are not measured; set config.data.mean "
+            "and config.data.std, such as those in the config.json of a run with placement host on a part of them"
+        )
 
 
 def _check_network(config: Config) -> None:

@@ -137,25 +137,29 @@ def _with_overrides(config: Config) -> Config:
 def _chosen_images(config: Config) -> tuple[np.ndarray, np.ndarray | None]:
     """The images and, for a network with classes, their labels: a random choice, the same for the same seed."""
     settings = config.data
-    image_set = data.load(
+
+    def choose(count: int) -> np.ndarray:
+        if FLAGS.num_images > count:
+            raise ConfigError(f"--num_images={FLAGS.num_images}: there are {count} in data.source={settings.source!r}")
+        return data.batch_indices(FLAGS.seed, 0, FLAGS.num_images, count)[0]
+
+    image_set = data.load_some(
         settings.source,
+        choose,
+        streamed=settings.placement == "stream",
         image_size=settings.image_size,
         channels=settings.channels,
         split=settings.split,
         data_dir=settings.data_dir,
     )
-    count = len(image_set.images)
-    if FLAGS.num_images > count:
-        raise ConfigError(f"--num_images={FLAGS.num_images}: there are {count} in data.source={settings.source!r}")
-    chosen, _ = data.batch_indices(FLAGS.seed, 0, FLAGS.num_images, count)
     if not config.model.num_classes:
-        return image_set.images[chosen], None
+        return image_set.images, None
     if image_set.labels is None or image_set.labels.max() >= config.model.num_classes:
         raise ConfigError(
             f"--source={settings.source}: this run's network needs a label below {config.model.num_classes} an image; "
             "choose another source"
         )
-    return image_set.images[chosen], image_set.labels[chosen]
+    return image_set.images, image_set.labels
 
 
 def _report(bound: diffusion.Bound, config: Config) -> dict[str, Any]:

@@ -209,9 +209,8 @@ def _plan(config: Config) -> tuple[np.ndarray, np.ndarray] | None:
     settings = config.sampling
     if not settings.steps_offset and settings.end == "clean":
         return None
-    return diffusion.timestep_plan(
-        config.diffusion.num_timesteps, settings.num_steps, **config_lib.plan_options(settings)
-    )
+    T, options = config.diffusion.num_timesteps, config_lib.plan_options(settings)
+    return diffusion.timestep_plan(T, settings.num_steps, **options)
 
 
 def conditioned(denoise_fn: Partial, config: Config, label: jax.Array | None) -> Partial:
@@ -291,11 +290,12 @@ def check_workdir(workdir: str, config: Config) -> None:
     existing = _trained_config(workdir)
     if existing is None:
         return
-    changed = differences(existing, config, ["seed", "train.batch_size", "data.source", "data.split"])
-    if changed:
+    fields = ["seed", "train.batch_size", "data.source", "data.split"]
+    streamed = {x.data.placement == "stream" and x.data.source.startswith("tfds:") for x in (existing, config)}
+    fields += (True in streamed) * ["data.shuffle_buffer"] + (len(streamed) > 1) * ["data.placement"]
+    if changed := differences(existing, config, fields):
         warnings.warn(f"{workdir} continues with other batches than it began with ({'; '.join(changed)})", stacklevel=2)
-    differing = differences(existing, config, IDENTITY_FIELDS)
-    if differing:
+    if differing := differences(existing, config, IDENTITY_FIELDS):
         raise RunError(
             f"{workdir} holds a run of another model or diffusion ({'; '.join(differing)}); "
             "use another --workdir, or the same fields"

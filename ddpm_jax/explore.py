@@ -300,19 +300,23 @@ def _pictures(config: Config, count: int | None = None) -> tuple[np.ndarray, np.
     if FLAGS.image:
         pixels = np.stack([data.read_picture(path, settings.image_size, settings.channels) for path in FLAGS.image])
     else:
-        image_set = data.load(
+
+        def choose(number: int) -> np.ndarray:
+            if max(FLAGS.index) >= number:
+                have = f"data.source={settings.source!r} has images 0 .. {number - 1}"
+                raise ConfigError(f"--index={max(FLAGS.index)}: {have}")
+            return np.array(FLAGS.index)
+
+        image_set = data.load_some(
             settings.source,
+            choose,
+            streamed=settings.placement == "stream",
             image_size=settings.image_size,
             channels=settings.channels,
             split=settings.split,
             data_dir=settings.data_dir,
         )
-        last = len(image_set.images) - 1
-        if max(FLAGS.index) > last:
-            raise ConfigError(f"--index={max(FLAGS.index)}: data.source={settings.source!r} has images 0 .. {last}")
-        pixels = image_set.images[FLAGS.index]
-        if image_set.labels is not None and config.model.num_classes:
-            labels = image_set.labels[FLAGS.index]
+        pixels, labels = image_set.images, image_set.labels if config.model.num_classes else None
     if FLAGS.label is not None:
         labels = np.full(len(given), FLAGS.label, np.int32)
     return pixels, labels

@@ -5,7 +5,7 @@ from ddpm_jax import diffusion, normalizer
 CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"),
     "data.channels": (1, 3),
-    "data.placement": ("host", "device"),
+    "data.placement": ("host", "device", "stream"),
     "data.normalizer": normalizer.NORMALIZERS,
     "model.downsample_padding": (0, 1),
     "model.kind": ("unet", "linear_attention_unet", "residual_unet"),
@@ -25,6 +25,7 @@ CHOICES = {
 }
 POSITIVE = [
     "data.image_size",
+    "data.shuffle_buffer",
     "model.base_channels",
     "model.num_res_blocks",
     "model.num_heads",

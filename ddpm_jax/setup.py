@@ -40,7 +40,7 @@ class Setup:
         size, shape = self.config.train.batch_size, experiment.image_shape(self.config)
         labelled = bool(self.config.model.num_classes)
         spread, whole = training.batch_sharding(self.mesh), training.replicated(self.mesh)
-        if self.config.data.placement == "host":
+        if self.config.data.placement != "device":
             batch = {"image": jax.ShapeDtypeStruct((size, *shape), np.uint8, sharding=spread)}
             return batch | ({"label": jax.ShapeDtypeStruct((size,), np.int32, sharding=spread)} if labelled else {})
         batch = {

@@ -45,7 +45,7 @@ def train(config: Config, workdir: str) -> TrainState:
         experiment.check_workdir(workdir, config)
         mesh = experiment.make_mesh(config)
         setup = Setup(config_lib.with_stand_in_normalizer(config), mesh)  # so that a mistake shows before the images
-        image_set = _load_images(config)
+        image_set = _open_images(config)
         if config_lib.needs_measuring(config):
             config = config_lib.with_normalizer(config, *_measured(image_set))
             setup = Setup(config, mesh)
@@ -59,7 +59,12 @@ def train(config: Config, workdir: str) -> TrainState:
 
 
 def _train_from(
-    setup: Setup, state: TrainState, image_set: data.ImageSet, workdir: str, checkpoints: Any, stop: training.Stop
+    setup: Setup,
+    state: TrainState,
+    image_set: data.ImageSet | data.Stream,
+    workdir: str,
+    checkpoints: Any,
+    stop: training.Stop,
 ) -> TrainState:
     """The loop."""
     settings, first_step = setup.config.train, int(state.step)
@@ -108,38 +113,39 @@ def _train_from(
     return state
 
 
-def _measured(image_set: data.ImageSet) -> normalizer.Normalizer:
+def _measured(image_set: data.ImageSet | data.Stream) -> normalizer.Normalizer:
+    assert isinstance(image_set, data.ImageSet)  # `validate` asks a stream for its numbers
     try:
         return normalizer.measure(image_set.images)
     except ValueError as error:
         raise ConfigError(f"config.{error}") from None
 
 
-def _load_images(config: Config) -> data.ImageSet:
+def _open_images(config: Config) -> data.ImageSet | data.Stream:
     settings = config.data
-    image_set = data.load(
-        settings.source,
-        image_size=settings.image_size,
-        channels=settings.channels,
-        split=settings.split,
-        data_dir=settings.data_dir,
-    )
-    num_classes = config.model.num_classes
-    if not num_classes:
-        return image_set._replace(labels=None)
-    if image_set.labels is None:
-        raise ConfigError(
-            f"config.model.num_classes={num_classes}: config.data.source={settings.source!r} has no labels; use 0"
-        )
-    if image_set.labels.min() < 0 or image_set.labels.max() >= num_classes:
-        raise ConfigError(
-            f"config.model.num_classes={num_classes}: the labels of config.data.source={settings.source!r} go from "
-            f"{image_set.labels.min()} to {image_set.labels.max()}; use {image_set.labels.max() + 1}"
-        )
-    return image_set
+    where: dict[str, Any] = {name: getattr(settings, name) for name in ("image_size", "channels", "split", "data_dir")}
+    if settings.placement == "stream":
+        stream = data.open_stream(settings.source, shuffle_buffer=settings.shuffle_buffer, **where)
+        _check_labels(config, stream.has_labels, stream.labels)
+        return stream
+    image_set = data.load(settings.source, **where)
+    _check_labels(config, image_set.labels is not None, image_set.labels)
+    return image_set if config.model.num_classes else image_set._replace(labels=None)
 
 
-def _batches(config: Config, mesh: Mesh, image_set: data.ImageSet, first_step: int) -> Any:
+def _check_labels(config: Config, has_labels: bool, labels: np.ndarray | None) -> None:
+    """Those of a stream from TFDS are not known yet; ``stream_batches`` looks at them as they pass."""
+    num_classes, source = config.model.num_classes, config.data.source
+    if num_classes and not has_labels:
+        raise ConfigError(f"config.model.num_classes={num_classes}: config.data.source={source!r} has no labels; use 0")
+    if num_classes and labels is not None and (labels.min() < 0 or labels.max() >= num_classes):
+        raise ConfigError(
+            f"config.model.num_classes={num_classes}: the labels of config.data.source={source!r} go from "
+            f"{labels.min()} to {labels.max()}; use {labels.max() + 1}"
+        )
+
+
+def _batches(config: Config, mesh: Mesh, image_set: data.ImageSet | data.Stream, first_step: int) -> Any:
     """Batches on the devices, from step ``first_step`` on; each process makes its own rows only."""
     batch_size, sharding = config.train.batch_size, training.batch_sharding(mesh)
     order: dict[str, Any] = {
@@ -149,6 +155,9 @@ def _batches(config: Config, mesh: Mesh, image_set: data.ImageSet, first_step: i
         "random_flip": config.data.random_flip,
         "rows": data.local_rows(sharding, batch_size),
     }
+    if isinstance(image_set, data.Stream):
+        streamed = data.stream_batches(image_set, num_classes=config.model.num_classes, **order)
+        return data.device_batches(streamed, sharding, batch_size)
     if config.data.placement == "device":
         resident = data.put_images(image_set, training.replicated(mesh))
         return data.device_batches(data.index_batches(len(image_set.images), **order), sharding, batch_size, resident)

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -270,3 +271,26 @@ def test_a_workdir_of_another_network_or_diffusion_is_refused(tmp_path):
         experiment.check_workdir(str(tmp_path), other)
     assert "diffusion.num_timesteps: 100 != 200; diffusion.prediction: 'eps' != 'v'" in str(caught.value)
     assert "optimizer" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        ({"placement": "stream"}, {"placement": "stream", "shuffle_buffer": 5}, "shuffle_buffer: 10000 != 5"),
+        ({"placement": "host"}, {"placement": "stream"}, "placement: 'host' != 'stream'"),
+        ({"placement": "stream"}, {"placement": "device"}, "placement: 'stream' != 'device'"),
+        # these serve the same batches
+        ({"placement": "host"}, {"placement": "device", "shuffle_buffer": 5}, None),
+        ({"source": "folder:x"}, {"source": "folder:x", "placement": "stream", "shuffle_buffer": 5}, None),
+    ],
+)
+def test_what_changes_the_order_of_a_stream_is_named(before, after, words, tmp_path):
+    def with_data(fields):
+        return tiny(data=dataclasses.replace(tiny().data, **({"source": "tfds:x"} | fields)))
+
+    experiment.write_config(tmp_path, with_data(before))
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        experiment.check_workdir(str(tmp_path), with_data(after))
+    assert [words in str(x.message) for x in caught] == ([True] if words else [])

@@ -384,6 +384,29 @@ def test_placement_on_the_device_trains_on_the_same_batches(stub, make_config, t
     np.testing.assert_allclose(losses["device"], losses["host"], rtol=1e-6)
 
 
+def test_a_stream_stopped_and_continued_equals_the_host_in_one_go_bit_for_bit(
+    stub, make_config, npz_path, tmp_path, monkeypatch
+):
+    with np.load(npz_path) as archive:
+        for i, (pixels, label) in enumerate(zip(archive["images"], archive["labels"], strict=True)):
+            (tmp_path / "images" / str(label)).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels[..., 0]).save(tmp_path / "images" / str(label) / f"{i:02}.png")
+    fields = {"data.source": f"folder:{tmp_path / 'images'}", "train.num_steps": 9, "train.sample_every": 9}
+    once = train.train(make_config(fields), str(tmp_path / "once"))
+    streamed, workdir = make_config(fields | {"data.placement": "stream"}), str(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        send_at(patch, 6, signal.SIGTERM)
+        with pytest.raises(training.Stopped):
+            train.train(streamed, workdir)
+    assert checkpoints_of(workdir) == [5, 6]
+    state = train.train(streamed, workdir)
+    assert_same_state(jax.device_get(state), jax.device_get(once))
+    assert untimed(metrics_of(workdir)) == untimed(metrics_of(tmp_path / "once"))
+    with pytest.raises(ConfigError, match=r"config\.model\.num_classes=2: .* from 0 to 2; use 3"):
+        train.train(make_config(fields | {"data.placement": "stream", "model.num_classes": 2}), str(tmp_path / "few"))
+    assert not (tmp_path / "few").exists()
+
+
 def test_accumulation_changes_nothing_but_rounding(stub, make_config, tmp_path):
     # Without dropout, whose mask is drawn for a micro-batch.
     fields = {"train.num_steps": 4, "model.dropout": 0.0}

@@ -1,6 +1,8 @@
 """What every source returns, the error it raises, and the fitting of pictures without TensorFlow."""
 
-from typing import NamedTuple
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -18,6 +20,47 @@ class ImageSet(NamedTuple):
 
     images: np.ndarray
     labels: np.ndarray | None
+
+
+class Encoded(NamedTuple):
+    """Some images of a stream, as their files hold them.
+
+    images: what `Stream.decode` takes, n of them.
+    labels: int32 [n], or None.
+    indices: int64 [n], which images of the set they are.
+    """
+
+    images: list[Any]
+    labels: np.ndarray | None
+    indices: np.ndarray
+
+
+class Stream(NamedTuple):
+    """A data set that stays where it is and is decoded as it is served.
+
+    source: its name.
+    num_images: N.
+    image_shape: [H W C] of an image once it is decoded.
+    has_labels: whether it has one integer label an image.
+    labels: int32 [N] where they are known before anything is read.
+    order: (seed, step, batch_size) -> indices int64 [B], flips bool [B] of one global batch.
+    pick: indices -> those images, wherever they lie.
+    follow: (seed, batch_size, rows, first_step, closed) -> (step) -> those rows of the step's batch; the steps must
+        follow each other; reading ahead ends when `closed` is set.
+    decode: a tensor of one of `Encoded.images` -> a tensor uint8 [H W C], inside tf.data.
+    stand_in: index of an image that cannot be decoded -> image uint8 [H W C] and index of the one in its place.
+    """
+
+    source: str
+    num_images: int
+    image_shape: tuple[int, int, int]
+    has_labels: bool
+    labels: np.ndarray | None
+    order: Callable[[int, int, int], tuple[np.ndarray, np.ndarray]]
+    pick: Callable[[np.ndarray], Encoded]
+    follow: Callable[[int, int, np.ndarray, int, threading.Event], Callable[[int], Encoded]]
+    decode: Callable[[Any], Any]
+    stand_in: Callable[[int], tuple[np.ndarray, int]]
 
 
 class DataError(ValueError):

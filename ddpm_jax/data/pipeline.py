@@ -100,7 +100,7 @@ def _serve_with_numpy(image_set: ImageSet, order: _Order, first_step: int) -> Ge
         images[flips] = images[flips][:, :, ::-1]
         return {"image": images} if image_set.labels is None else {"image": images, "label": image_set.labels[indices]}
 
-    return _ahead(make, itertools.count(first_step), _AHEAD)
+    return ahead(make, itertools.count(first_step), _AHEAD)
 
 
 def _serve_with_tensorflow(image_set: ImageSet, order: _Order, first_step: int) -> Generator[Batch, None, None]:
@@ -122,11 +122,11 @@ def _serve_with_tensorflow(image_set: ImageSet, order: _Order, first_step: int) 
         dataset = dataset.map(gather, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
         return dataset.prefetch(_AHEAD).as_numpy_iterator()
 
-    for chunk in _ahead(make, itertools.count(first_step, _CHUNK), 1):
+    for chunk in ahead(make, itertools.count(first_step, _CHUNK), 1):
         yield from chunk
 
 
-def _ahead(make: Callable[[int], _T], arguments: Iterator[int], count: int) -> Generator[_T, None, None]:
+def ahead(make: Callable[[int], _T], arguments: Iterator[int], count: int) -> Generator[_T, None, None]:
     """Map `make` over endless arguments, in one background thread that keeps `count` results ready.
 
     There is no thread that loops, so nothing runs on when the consumer stops: the pool ends with the generator that

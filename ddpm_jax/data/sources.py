@@ -32,10 +32,7 @@ def load(source: str, *, image_size: int, channels: int, split: str = "train", d
     Raises:
         DataError: the source, or what lies there, cannot be used; the line names the field, the value and the remedy.
     """
-    if image_size < 1:
-        raise DataError(f"data.image_size={image_size} is no size: give at least one pixel")
-    if channels not in (1, 3):
-        raise DataError(f"data.channels={channels} is neither 1 (gray) nor 3 (colour)")
+    check_fit(image_size, channels)
     scheme, _, rest = source.partition(":")
     if not rest or scheme not in ("tfds", "folder", "npz", "sklearn"):
         raise DataError(f"data.source={source!r} is unknown: give {_SCHEMES}")
@@ -51,6 +48,14 @@ def load(source: str, *, image_size: int, channels: int, split: str = "train", d
     from ddpm_jax.data.tfds import load_tfds
 
     return load_tfds(source, rest, split, data_dir, image_size, channels)
+
+
+def check_fit(image_size: int, channels: int) -> None:
+    """Refuse what no image can be fitted to."""
+    if image_size < 1:
+        raise DataError(f"data.image_size={image_size} is no size: give at least one pixel")
+    if channels not in (1, 3):
+        raise DataError(f"data.channels={channels} is neither 1 (gray) nor 3 (colour)")
 
 
 def needs_tensorflow(source: str) -> bool:

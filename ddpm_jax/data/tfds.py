@@ -1,6 +1,8 @@
 """Images from TensorFlow Datasets, `tfds:<name>`."""
 
 import difflib
+import functools
+import itertools
 import os
 import threading
 import urllib.error
@@ -8,7 +10,7 @@ import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -21,12 +23,16 @@ _BUILDER_SECONDS = 12.0
 _NETWORK_SECONDS = 8.0
 _HOST_SECONDS = 3.0
 
+_READ_BYTES = 8 * 2**20  # asked of a file at once, which may lie far away
+_RECORDS = 32  # handed over at once
+
 _REMEDY = (
     "prepare it once on a machine with a network (tfds build <name>), copy it here and point data.data_dir at the "
     "folder that holds it"
 )
 
 _T = TypeVar("_T")
+Example = tuple[bytes, int | None]  # an encoded image and its label
 
 
 @contextmanager
@@ -45,15 +51,99 @@ def _quiet_absl() -> Iterator[None]:
 @_quiet_absl()
 def load_tfds(source: str, name: str, split: str, data_dir: str | None, image_size: int, channels: int) -> ImageSet:
     """Read the fields `image` and, where it is an integer, `label`, of a data set that is prepared or downloadable."""
+    builder = _prepared(source, name, data_dir)
+    total = _count(source, split, builder)
+    arrays = _decode(source, builder, split, total, image_size, channels)
+    labels = arrays.get("label")
+    return ImageSet(arrays["image"], None if labels is None else labels.astype(np.int32))
+
+
+class RecordFiles(NamedTuple):
+    """The TFRecord files of a split, in the order in which `load_tfds` reads them.
+
+    sizes: images of the split in each, none of them 0.
+    read: (files int [n], images to skip) -> the examples of those files, in order.
+    decode: a tensor of an encoded image -> a tensor uint8 [S S C], inside tf.data.
+    has_labels: whether there is one integer label an image.
+    damaged: says what to do with a set that cannot be read.
+    """
+
+    sizes: tuple[int, ...]
+    read: Callable[[np.ndarray, int], Iterator[Example]]
+    decode: Callable[[Any], Any]
+    has_labels: bool
+    damaged: str
+
+
+@_quiet_absl()
+def open_tfds(source: str, name: str, split: str, data_dir: str | None, image_size: int, channels: int) -> RecordFiles:
+    """Find the files of what `load_tfds` would read, and read no image yet."""
+    import tensorflow_datasets as tfds
+
+    builder = _prepared(source, name, data_dir)
+    _count(source, split, builder)
+    files = [file for file in builder.info.splits[split].file_instructions if file.take]
+    if builder.info.file_format != tfds.core.FileFormat.TFRECORD:
+        raise DataError(
+            f"data.source={source!r} is stored as {builder.info.file_format.value}: only TFRecord files are streamed; "
+            "use data.placement='host'"
+        )
+    fields = _fields(builder)
+    partial = tfds.decode.PartialDecoding(fields, decoders={"image": tfds.decode.SkipDecoding()})
+    features = partial.extract_features(builder.info.features)
+    # Traced here, once, and not in every epoch and every chunk of a stream.
+    signature = [import_tensorflow().TensorSpec((), "string")]
+    trace = functools.partial(import_tensorflow().function, input_signature=signature)
+    return RecordFiles(
+        sizes=tuple(file.take for file in files),
+        read=functools.partial(
+            _read_records,
+            files,
+            trace(lambda record: features.deserialize_example(record, decoders=partial.decoders)),
+            _damaged(source, builder),
+        ),
+        decode=trace(lambda encoded: fit(features["image"].decode_example(encoded), image_size, channels)),
+        has_labels="label" in fields,
+        damaged=_damaged(source, builder),
+    )
+
+
+def _read_records(
+    files: list[Any], parse: Callable[[Any], Any], damaged: str, numbers: np.ndarray, skip: int
+) -> Iterator[Example]:
+    """The encoded images and labels of some files, one file after the other."""
+    tf = import_tensorflow()
+    parts = []
+    for file in (files[number] for number in numbers):
+        skipped = min(skip, file.take)
+        skip -= skipped
+        if skipped < file.take:
+            parts.append((str(file.filename), file.skip + skipped, file.take - skipped))
+    names, skips, takes = (list(column) for column in zip(*parts, strict=True))
+    dataset = tf.data.Dataset.from_tensor_slices((names, np.array(skips, np.int64), np.array(takes, np.int64)))
+    dataset = dataset.flat_map(
+        lambda name, skip, take: tf.data.TFRecordDataset(name, buffer_size=_READ_BYTES).skip(skip).take(take)
+    )
+    dataset = dataset.map(parse)
+    done, failure = 0, tf.errors.OpError  # looked up now: a program may end while this waits, its modules already empty
+    try:
+        for batch in dataset.batch(_RECORDS).prefetch(1).as_numpy_iterator():
+            done += len(batch["image"])
+            yield from zip(batch["image"], batch.get("label", itertools.repeat(None)), strict=False)
+    except failure as error:
+        raise DataError(f"{damaged} ({_in_one_line(error)})") from error
+    if done != sum(takes):
+        raise DataError(f"{damaged} ({done} images instead of {sum(takes)})")
+
+
+def _prepared(source: str, name: str, data_dir: str | None) -> Any:
+    """Return the builder of a set of images that lies on disk, now at the latest."""
     import_tensorflow()  # before TFDS does it in its own way
     builder = _find(source, name, data_dir)
     _check_image(source, builder)
     if not builder.is_prepared():
         _prepare(source, data_dir, builder)
-    total = _count(source, split, builder)
-    arrays = _decode(source, builder, split, total, image_size, channels)
-    labels = arrays.get("label")
-    return ImageSet(arrays["image"], None if labels is None else labels.astype(np.int32))
+    return builder
 
 
 def _find(source: str, name: str, data_dir: str | None) -> Any:
@@ -159,14 +249,10 @@ def _decode(source: str, builder: Any, split: str, total: int, image_size: int, 
     import tensorflow_datasets as tfds
 
     tf = import_tensorflow()
-    fields = {"image": True}
-    label = dict(builder.info.features.items()).get("label")
-    if label is not None and label.shape == () and np.issubdtype(label.np_dtype, np.integer):
-        fields["label"] = True
     dataset = builder.as_dataset(
         split=split,
         shuffle_files=False,
-        decoders=tfds.decode.PartialDecoding(fields),
+        decoders=tfds.decode.PartialDecoding(_fields(builder)),
         # One file after the other: the order must not hang on how many files TFDS interleaves by default.
         read_config=tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False),
     )
@@ -182,6 +268,13 @@ def _decode(source: str, builder: Any, split: str, total: int, image_size: int, 
     if len(arrays["image"]) != total:
         raise DataError(f"{_damaged(source, builder)} ({len(arrays['image'])} images instead of {total})")
     return arrays
+
+
+def _fields(builder: Any) -> dict[str, bool]:
+    """Name what is read of an example: the image, and its label if that is one integer."""
+    label = dict(builder.info.features.items()).get("label")
+    labelled = label is not None and label.shape == () and np.issubdtype(label.np_dtype, np.integer)
+    return {"image": True} | ({"label": True} if labelled else {})
 
 
 def _damaged(source: str, builder: Any) -> str:

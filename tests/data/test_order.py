@@ -5,7 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from ddpm_jax.data import batch_indices
+from ddpm_jax.data import batch_indices, stream_indices
+from ddpm_jax.data.order import stream_epoch
 
 GOLDEN = ([9, 0, 5, 3, 9, 1, 2, 8], [0, 0, 0, 0, 1, 1, 1, 1])
 
@@ -100,3 +101,43 @@ def test_arguments_out_of_range_are_refused(arguments):
 def test_importing_the_room_imports_neither_tensorflow_nor_a_device():
     code = "import sys, ddpm_jax.data; assert not {'tensorflow', 'tensorflow_datasets', 'sklearn'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+# The order of files that are read from end to end
+
+SIZES = (5, 9, 1, 8)
+
+
+@pytest.mark.parametrize("window", [1, 4, 7, 22])
+def test_a_stream_visits_every_image_once_an_epoch_and_none_before_its_window_is_read(window):
+    starts = np.cumsum((0, *SIZES))
+    for epoch in range(5):
+        plan = stream_epoch(2, epoch, SIZES, window)
+        assert sorted(plan.files) == [0, 1, 2, 3]
+        np.testing.assert_array_equal(
+            plan.line, np.concatenate([np.arange(starts[f], starts[f + 1]) for f in plan.files])
+        )
+        for start in range(0, 23, window):
+            here = slice(start, start + window)
+            np.testing.assert_array_equal(np.sort(plan.order[here]), np.sort(plan.line[here]))
+    served = np.concatenate([stream_indices(2, step, 4, SIZES, window)[0] for step in range(23)])
+    np.testing.assert_array_equal(served, np.concatenate([stream_epoch(2, i, SIZES, window).order for i in range(4)]))
+
+
+@pytest.mark.parametrize("window", [23, 1000])
+def test_a_window_of_the_whole_set_is_the_order_of_the_host(window):
+    for step in range(20):
+        for one, other in zip(stream_indices(5, step, 6, SIZES, window), batch_indices(5, step, 6, 23), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_a_stream_changes_the_order_of_files_and_of_windows_every_epoch():
+    plans = [stream_epoch(0, epoch, (10,) * 12, 30) for epoch in range(6)]
+    assert len({tuple(plan.files) for plan in plans}) == 6
+    assert len({tuple(plan.order % 10) for plan in plans}) == 6
+    assert tuple(stream_epoch(1, 0, (10,) * 12, 30).order) != tuple(plans[0].order)
+
+
+def test_the_flips_of_a_stream_are_those_of_the_host():
+    for step in range(9):
+        np.testing.assert_array_equal(stream_indices(5, step, 6, SIZES, 3)[1], batch_indices(5, step, 6, 23)[1])
