@@ -53,7 +53,6 @@ def test_weak_scaling_is_added_and_told(here, config, compilation_cache):
     assert "on    4 chips" in plan.describe(found)
 
 
-
 def test_micro_batches_cost_about_what_the_undivided_batch_does(here, config, make_config, compilation_cache):
     whole = plan.plan(config, "v5e:2x4")
     fields = {"model.dropout": 0.0, "train.batch_size": 16, "dtype": "float32", "train.accumulate": 4}
