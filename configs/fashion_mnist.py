@@ -42,7 +42,7 @@ def get_config() -> Config:
         diffusion=DiffusionConfig(schedule="cosine", num_timesteps=200, prediction="v", loss="huber"),
         optimizer=OptimizerConfig(learning_rate=1e-3, lr_decay="cosine", warmup_steps=200, ema_decay=0.998),
         train=TrainConfig(
-            batch_size=64, num_steps=4687, log_every=50, checkpoint_every=937, sample_every=937, num_samples=64
+            batch_size=64, num_steps=4687, log_every=50, checkpoint_every=1000, sample_every=1000, num_samples=64
         ),
         sampling=SamplingConfig(method="ddim", num_steps=100, spacing="trailing"),
     )
