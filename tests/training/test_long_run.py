@@ -26,4 +26,4 @@ def test_two_thousand_steps_hold_what_two_hundred_do(tmp_path):
     for name in ("files", "threads"):
         assert max(found[name] for found in later) <= second[name] + 4, name
     # An allocator never gives all back: 1,600 steps, 8 checkpoints and 8 pictures may leave a little.
-    assert later[-1]["rss"] - second["rss"] < 0.05 * second["rss"]
+    assert max(found["rss"] for found in later) < 1.1 * second["rss"]
