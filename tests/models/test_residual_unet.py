@@ -211,7 +211,7 @@ def test_downsampling_is_torchs_average_pool(torch):
 def test_the_residual_block_in_torch(torch, width):
     x = jax.random.normal(jax.random.key(0), (2, 6, 5, width)) + 3  # off centre, so that the norm has something to do
     module = ResidualBlock(24, num_groups=4, dtype=jnp.float32)
-    params = shaken(module.init(jax.random.key(1), x, False)["params"], 0.3)
+    params = shaken(module.init(jax.random.key(1), x)["params"], 0.3)
     f = torch.nn.functional
     own = {name: torch.tensor(np.asarray(p, np.float64)) for name, p in named(params).items()}
 
@@ -223,7 +223,7 @@ def test_the_residual_block_in_torch(torch, width):
     theirs = as_torch(torch, x)
     h = conv(f.silu(conv(f.group_norm(theirs, 4, eps=1e-6), "conv_0")), "conv_1")
     expected = (h + (conv(theirs, "shortcut") if width != 24 else theirs)).permute(0, 2, 3, 1).numpy()
-    found = np.asarray(module.apply({"params": params}, x, False))
+    found = np.asarray(module.apply({"params": params}, x))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 

@@ -130,7 +130,7 @@ def test_what_starts_at_zero():
 
 
 def test_kernels_start_glorot_uniform():
-    kernel = conv(64, train=False, dtype=jnp.float32, name="c").init(jax.random.key(0), jnp.zeros((1, 4, 4, 32)))[
+    kernel = conv(64, dtype=jnp.float32, name="c").init(jax.random.key(0), jnp.zeros((1, 4, 4, 32)))[
         "params"
     ]["kernel"]
     bound = math.sqrt(6 / (9 * 32 + 9 * 64))
@@ -140,7 +140,7 @@ def test_kernels_start_glorot_uniform():
 
 def test_the_padding_of_a_strided_convolution_lies_at_the_bottom_and_on_the_right():
     x = jnp.arange(1.0, 65.0).reshape(1, 8, 8, 1)
-    down = conv(1, train=False, strides=2, padding=0, dtype=jnp.float32, name="down")
+    down = conv(1, strides=2, padding=0, dtype=jnp.float32, name="down")
     for row, column in np.ndindex(3, 3):
         kernel = np.zeros((3, 3, 1, 1), np.float32)
         kernel[row, column] = 1
