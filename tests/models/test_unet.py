@@ -130,9 +130,7 @@ def test_what_starts_at_zero():
 
 
 def test_kernels_start_glorot_uniform():
-    kernel = conv(64, dtype=jnp.float32, name="c").init(jax.random.key(0), jnp.zeros((1, 4, 4, 32)))[
-        "params"
-    ]["kernel"]
+    kernel = conv(64, dtype=jnp.float32, name="c").init(jax.random.key(0), jnp.zeros((1, 4, 4, 32)))["params"]["kernel"]
     bound = math.sqrt(6 / (9 * 32 + 9 * 64))
     assert 0.999 * bound < jnp.abs(kernel).max() <= bound
     np.testing.assert_allclose(kernel.std(), bound / math.sqrt(3), rtol=0.02)
