@@ -73,12 +73,14 @@ def bits_per_dim(
     firsts = range(0, len(image), size)
     sharding = training.batch_sharding(mesh)
     key, parts = jax.random.key(seed), []
+    # Jitted: only what is computed there lies on the devices of other processes, too.
+    keys_of = jax.jit(jax.vmap(jax.random.fold_in, (None, 0)), out_shardings=sharding)
     total = len(firsts) * run.schedule.num_timesteps
     with progress(total, "likelihood", "step", disable=jax.process_index() != 0) as bar:
         for first in firsts:
             # The last batch repeats its last image, so that it compiles nothing new.
             numbers = np.minimum(np.arange(first, first + size), len(image) - 1)
-            keys = jax.device_put(jax.vmap(lambda i: jax.random.fold_in(key, i))(numbers), sharding)
+            keys = keys_of(key, jax.device_put(numbers, sharding))
             labels = None if label is None else jax.device_put(label[numbers], sharding)
             x0 = normalizer.normalize(experiment.make_normalizer(run.config), jax.device_put(image[numbers], sharding))
             bound = _bound(run, x0, keys, labels, lambda _: bar.update(1))

@@ -11,8 +11,10 @@ from pathlib import Path
 WORKER = Path(__file__).with_name("worker.py")
 
 
-def start(number: int, devices: int, arguments: list[str], env: dict[str, str], logs: Path) -> list[subprocess.Popen]:
-    """Starts them; what process i says goes to ``logs/<i>.err``."""
+def start(
+    number: int, devices: int, arguments: list[str], env: dict[str, str], logs: Path, program: tuple[str, ...] = ()
+) -> list[subprocess.Popen]:
+    """Starts them; what process i says goes to ``logs/<i>.err``. They train, or run ``python *program``."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -21,7 +23,7 @@ def start(number: int, devices: int, arguments: list[str], env: dict[str, str], 
     for i in range(number):
         who = ["--coordinator", address, "--num_processes", str(number), "--process_id", str(i)] if number > 1 else []
         with open(logs / f"{i}.err", "w") as log:
-            command = [sys.executable, str(WORKER), *arguments, *who]
+            command = [sys.executable, *(program or (str(WORKER),)), *arguments, *who]
             found.append(subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=log))
     return found
 

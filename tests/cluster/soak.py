@@ -67,6 +67,7 @@ class Soak:
         began = self.began()
         assert began == before, f"went on at step {began}, though step {before} had been saved"
         how = self.random.choice(["at any time", "during a save"])
+        self.wait(lambda: self.has_stepped(before, started), processes)  # what it compiles, it has compiled
         if how == "during a save":
             self.wait(lambda: self.is_saving(started), processes)
         else:
@@ -86,6 +87,11 @@ class Soak:
     def has_logged(self) -> bool:
         """Whether a step is in the log."""
         return (self.workdir / "metrics.jsonl").exists() and bool(losses(self.workdir))
+
+    def has_stepped(self, before: int, since: float) -> bool:
+        """Whether a step after ``before`` has been logged since a time."""
+        log = self.workdir / "metrics.jsonl"
+        return log.exists() and log.stat().st_mtime > since and max(losses(self.workdir), default=0) > before
 
     def is_saving(self, since: float) -> bool:
         """Whether a checkpoint is being written that was begun after a time."""

@@ -1,5 +1,6 @@
 """Processes x devices: the same losses, the same pictures, and what becomes of a run when one of them dies."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -87,6 +88,47 @@ def test_any_processes_and_devices_train_and_draw_the_same(run, alone, number, d
     assert_same_losses(workdir, alone)
     assert np.abs(picture(workdir) - picture(alone)).max() <= 1
     assert picture(alone).std() > 10
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        ["ddpm_jax.evaluate", "likelihood", "--num_images=6"],
+        ["ddpm_jax.explore", "determinism", "--num_images=3"],
+        ["ddpm_jax.explore", "reconstruct", "--index=0", "--index=3"],
+        ["ddpm_jax.sample", "--num_images=6", "--batch_size=4"],
+    ],
+    ids=lambda program: program[1] if not program[1].startswith("--") else program[0],
+)
+def test_what_is_done_with_a_run_does_not_depend_on_its_devices(alone, program_env, tmp_path, program):
+    name, *arguments = program
+    suffix = ".json" if "evaluate" in name else ".png"
+    found = []
+    for number, devices in ((1, 1), (1, 4), (2, 2)):
+        logs = tmp_path / f"{number}x{devices}"
+        logs.mkdir()
+        flags = [*arguments, "--workdir", str(alone), "--out", str(logs / f"out{suffix}")]
+        assert finish(start(number, devices, flags, program_env, logs, ("-m", name)), TIMEOUT) == [0] * number, errors(
+            logs
+        )
+        found.append(results_in(logs))
+    for pixels, numbers in found[1:]:
+        assert np.abs(pixels - found[0][0]).max(initial=0) <= 1
+        np.testing.assert_allclose(numbers, found[0][1], rtol=1e-3, atol=1e-5)
+    assert found[0][0].size + found[0][1].size > 40
+
+
+def results_in(folder):
+    """The pixels and the numbers that a program has written."""
+    pixels = [np.asarray(Image.open(path), np.int32).ravel() for path in sorted(folder.glob("*.png"))]
+    numbers = [number for path in sorted(folder.glob("*.json")) for number in numbers_of(json.loads(path.read_text()))]
+    return np.concatenate([np.zeros(0, np.int32), *pixels]), np.array(numbers, float)
+
+
+def numbers_of(tree):
+    if isinstance(tree, dict | list):
+        return [x for part in (tree.values() if isinstance(tree, dict) else tree) for x in numbers_of(part)]
+    return [tree] if isinstance(tree, int | float) else []
 
 
 def test_sigterm_to_one_process_saves_in_both(run):
