@@ -11,6 +11,7 @@ a run does not go on, or loses a step that had been saved.
 import argparse
 import random
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -80,6 +81,8 @@ class Soak:
             for process in processes:
                 process.kill()
         statuses = finish(processes, 120)
+        # What the launch scripts start again; the runtime's own abort, and its exit, are two of them.
+        assert set(statuses) <= {134, -signal.SIGABRT, -signal.SIGKILL}, f"{statuses}\n{errors(self.workdir)}"
         return (
             f"from {began}, killed {victims} {how}, exits {statuses}, saved {max(checkpoints(self.workdir), default=0)}"
         )
