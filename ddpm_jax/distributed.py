@@ -23,7 +23,9 @@ VISIBLE_WITHIN_SECONDS = 10
 LOST_PEER = 134  # what the runtime's abort makes of a process whose peer died; the launch scripts start it again
 
 # How collectives over a network say that the other end is gone; the runtime's heartbeat says nothing, it aborts.
-_LOST_PEER = re.compile(r"gloo|nccl|coordination ?service|connection (reset|closed|refused)|broken pipe", re.IGNORECASE)
+_LOST_PEER = re.compile(
+    r"gloo|nccl|coordination ?service|connection (reset|closed|refused)|broken pipe|barrier", re.IGNORECASE
+)
 _SLURM_STEP = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
 
@@ -94,9 +96,18 @@ def is_first() -> bool:
 
 
 def lost_peer(error: BaseException) -> bool:
-    """Whether a process failed because another one is gone: a collective noticed before the heartbeat did."""
-    joined = jax.distributed.is_initialized()
-    return joined and isinstance(error, jax.errors.JaxRuntimeError) and bool(_LOST_PEER.search(str(error)))
+    """Whether a process failed because another one is gone: a collective noticed before the heartbeat did.
+
+    Or a checkpoint, whose processes wait for each other; its error may stand in front of the collective's.
+    """
+    if not jax.distributed.is_initialized():
+        return False
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, jax.errors.JaxRuntimeError | TimeoutError) and _LOST_PEER.search(str(found)):
+            return True
+        found = found.__cause__ or found.__context__
+    return False
 
 
 def check_shared(workdir: str) -> None:

@@ -129,6 +129,17 @@ def test_a_collective_may_notice_a_dead_peer_first(monkeypatch, message, expecte
     assert not distributed.lost_peer(ValueError(message))
 
 
+def test_a_checkpoint_that_waits_for_a_lost_peer_says_so_too(monkeypatch):
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    # What Orbax says.
+    waited = TimeoutError("Timed out while waiting for async_write_complete barrier.")
+    assert distributed.lost_peer(waited)
+    assert not distributed.lost_peer(TimeoutError("the lock of the cache"))
+    behind = RuntimeError("cannot close")
+    behind.__context__ = jax.errors.JaxRuntimeError("Gloo all-reduce failed: Connection reset by peer")
+    assert distributed.lost_peer(behind)
+
+
 # A workdir that not all processes share
 
 
