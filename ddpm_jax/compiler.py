@@ -2,11 +2,11 @@
 
 import jax
 
-# YNNPACK, to which XLA gives them by default, takes two to three times as long for wide 3x3 convolutions on a CPU as
-# XLA's own code does, and six times for the gradients of their weights; its matrix products and sums are the faster.
+# YNNPACK, to which XLA gives them by default, takes up to three times as long for wide 3x3 convolutions on a CPU as
+# XLA's own code does, and up to four for the gradients of their weights; its matrix products and sums are the faster.
 _CPU = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"}
 # An option of experiments, unknown to XLA before and perhaps after; one that it does not know it refuses.
-_MEASURED_WITH = ((0, 10), (0, 11), (0, 12))
+_MEASURED_WITH = ((0, 10), (0, 12))
 
 
 def compiler_options(platform: str) -> dict[str, str]:

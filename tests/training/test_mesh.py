@@ -183,9 +183,10 @@ def test_gradients_are_reduced_once_a_step_and_never_inside_a_loop(eight, mesh):
     assert (cut > 0) == mesh.startswith("4x2")
     if mesh == "4x2 in 4":
         assert sent["reduce-scatter"] == cut / 2
-    # What fsdp = 2 cuts is reduced over two devices, and then a half of it over four. The loss and the sums that are
-    # logged are small: how many bytes, and in how many messages, is the compiler's affair.
-    assert 0 <= sent["all-reduce"] + 2 * sent["reduce-scatter"] - run["gradients"] <= cut / 2 + 1000
+    # What fsdp = 2 cuts is reduced over two devices, and then a half of it over four. The loss and its sums are small,
+    # and the norm of a gradient that is cut is a number an array.
+    small = 200 + 4 * run["cut_arrays"]
+    assert 0 <= sent["all-reduce"] + 2 * sent["reduce-scatter"] - run["gradients"] <= cut / 2 + small
 
 
 @pytest.mark.slow
