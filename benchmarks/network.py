@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from ddpm_jax import data, experiment, train, training
+from ddpm_jax.compiler import use_cores
 from ddpm_jax.config import Config, DataConfig, ModelConfig, TrainConfig, validate
 
 
@@ -50,9 +51,10 @@ def make_config(args: argparse.Namespace) -> Config:
 
 
 def load_config(path: str) -> Config:
-    """The config of a file such as configs/digits.py."""
+    """The config of a file such as configs/digits.py; the cores of a CPU are devices, as in the program."""
     config = runpy.run_path(path)["get_config"]()
     validate(config)
+    use_cores(config.train.batch_size // config.train.accumulate)
     return config
 
 

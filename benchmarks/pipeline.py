@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from benchmarks import timing
-from ddpm_jax import diffusion
-from ddpm_jax.compiler import compiler_options
+from ddpm_jax import diffusion, training
+from ddpm_jax.compiler import compiler_options, use_cores
 from ddpm_jax.interop import diffusers as interop
 
 CIFAR10 = {
@@ -51,11 +51,13 @@ def ours(path: str, args: argparse.Namespace) -> Callable[[], jax.Array]:
     folder = interop.read_folder(path)
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     model, params, settings, sampling = interop.load_folder(folder, dtype=dtype)
-    params = jax.tree.map(jnp.asarray, params)
+    mesh = training.make_mesh()
+    params = jax.device_put(params, training.replicated(mesh))
     schedule = diffusion.make_schedule("linear", num_timesteps=settings["num_timesteps"])
     denoise_fn = Partial(lambda params, x_t, t: model.apply({"params": params}, x_t, t), params)
     size, key = folder.unet["image_size"], jax.random.key(0)
     x_T = jax.random.normal(jax.random.key(1), (args.batch, size, size, folder.unet["channels"]))
+    x_T = jax.device_put(x_T, training.batch_sharding(mesh))
     options = {"num_steps": args.steps, "clip_x0": True, "rederive_eps": sampling["rederive_eps"]}
     options["compiler_options"] = compiler_options(jax.default_backend())
     return lambda: diffusion.sample(denoise_fn, schedule, x_T, key, **options)
@@ -82,6 +84,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50, help="of DDIM (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
     args = parser.parse_args()
+    use_cores(args.batch)
     machine, path = timing.machine(), args.path or random_pipeline()
     timings = timing.alternate({"ddpm_jax": ours(path, args), "diffusers": theirs(path, args)}, args.rounds)
     print(f"{machine}; {args.batch} images, DDIM, {args.steps} steps, {args.rounds} rounds")

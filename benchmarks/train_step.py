@@ -32,8 +32,8 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import network, timing
-from ddpm_jax import experiment
-from ddpm_jax.compiler import compiler_options
+from ddpm_jax import experiment, training
+from ddpm_jax.compiler import compiler_options, use_cores
 from ddpm_jax.config import Config
 from ddpm_jax.models.unet import default_num_groups
 
@@ -48,7 +48,7 @@ def our_steps(config: Config) -> tuple[dict[str, Callable[[], object]], float, i
     params = jax.tree.map(jnp.copy, trainer.state.ema_params)  # the state is donated to every step
     denoise_fn = experiment.make_denoise_fn(trainer.setup.model, params, trainer.setup.schedule)
     x_t = jax.random.normal(jax.random.key(1), (config.train.batch_size, *experiment.image_shape(config)))
-    t = jnp.full(x_t.shape[:1], 500)
+    x_t, t = jax.device_put((x_t, jnp.full(x_t.shape[:1], 500)), training.batch_sharding(trainer.setup.mesh))
     # Parameters are arguments, as in the sampler; `denoise_fn` is a pytree.
     denoise = jax.jit(lambda fn, x_t, t: fn(x_t, t), compiler_options=compiler_options(jax.default_backend()))
     cost: Any = denoise.lower(denoise_fn, x_t, t).cost_analysis()
@@ -181,6 +181,7 @@ def report(kind: str, timings: dict[str, timing.Timing], flops: float, peak: flo
 
 def main() -> None:
     """Measures and prints."""
+    use_cores()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     network.add_flags(parser, base=64, size=32, batch=16, mults=(1, 2, 2, 2))
     parser.add_argument("--rounds", type=int, default=15, help="(%(default)s)")

@@ -11,9 +11,6 @@ from ddpm_jax import diffusion, normalizer
 from ddpm_jax.fields import brief, flat, get, names_of, nearest, type_error
 from ddpm_jax.limits import CHOICES, NOT_NEGATIVE, POSITIVE, SHARES
 
-# Written out, as the choices of model.kind are: this module is to be imported without Flax.
-NOISE_LEVEL_NETWORKS = ("residual_unet",)
-
 
 class ConfigError(ValueError):
     """A field has a value that cannot work; the message is one line with the field, the value and the remedy."""
@@ -79,6 +76,7 @@ class DiffusionConfig:
     prediction: str = "eps"  # eps, x0 or v
     loss: str = "l2"  # l1, l2 or huber
     loss_weight: str = "uniform"  # uniform, min_snr or p2
+    snr_gamma: float = 5.0  # of min_snr: the SNR above which all timesteps weigh the same
     learned_variance: bool = False  # twice the output channels; sampled with sampling.variance=learned
 
 
@@ -263,10 +261,10 @@ def _check_chains(config: Config) -> None:
     if sampling.end == "first" and sampling.method != "ddim":
         raise ConfigError(f"config.sampling.end='first': is of ddim, not of {sampling.method!r}; use clean")
     settings = config.diffusion
-    if settings.time == "continuous" and config.model.kind not in NOISE_LEVEL_NETWORKS:
+    if settings.snr_gamma != DiffusionConfig().snr_gamma and settings.loss_weight != "min_snr":
         raise ConfigError(
-            f"config.diffusion.time='continuous': the network {config.model.kind!r} is told the timestep, a whole "
-            f"number; use discrete, or config.model.kind={NOISE_LEVEL_NETWORKS[0]!r}"
+            f"config.diffusion.snr_gamma={settings.snr_gamma}: is of min_snr, not of config.diffusion.loss_weight="
+            f"{settings.loss_weight!r}; leave it out"
         )
     try:
         betas = diffusion.schedule_betas(settings.schedule, **schedule_options(settings))

@@ -38,6 +38,8 @@ def start(
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
+    *,
+    saves: bool = False,
 ) -> None:
     """Joins the processes of a run through ``jax.distributed``; where there is one process only it does nothing.
 
@@ -47,6 +49,8 @@ def start(
         coordinator: "host:port" of process 0.
         num_processes: how many there are.
         process_id: 0 .. num_processes - 1.
+        saves: the program asks at each step whether SIGTERM has come to any process, to save first; without it the
+            signal ends a process, as it ends one that is alone.
 
     Raises:
         StartError: some of the three are missing or make no sense, or the cluster does not say who the peers are.
@@ -58,6 +62,7 @@ def start(
         _check(mode, given)
     elif mode == "off" or not in_cluster(os.environ):
         return
+    jax.config.update("jax_enable_preemption_service", saves)  # it takes the signal
     try:
         jax.distributed.initialize(
             coordinator_address=coordinator,
@@ -91,8 +96,15 @@ def in_cluster(environ: Mapping[str, str]) -> bool:
 
 
 def is_first() -> bool:
-    """Whether this process writes what all have computed. Unlike ``jax.process_index`` it touches no device."""
+    """Whether this process writes what all have computed; where it is alone, no device is touched to find out."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def first_says(answer: bool) -> bool:
+    """The answer of process 0, on all: what decides who computes must not depend on what one machine sees."""
+    if jax.process_count() == 1:
+        return answer
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(answer)))
 
 
 def lost_peer(error: BaseException) -> bool:

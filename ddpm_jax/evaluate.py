@@ -1,8 +1,9 @@
-"""How good a trained run is: ``python -m ddpm_jax.evaluate likelihood --workdir runs/flowers --split test``.
+"""How good a trained run is: ``python -m ddpm_jax.evaluate likelihood --workdir runs/cifar10 --split test``.
 
 likelihood: an upper bound of the bits a dimension that the run needs for images, in its three parts.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import numpy as np
 from absl import flags
 
 from ddpm_jax import data, diffusion, experiment, generate, images, normalizer, program, training
+from ddpm_jax.compiler import use_cores
 from ddpm_jax.config import Config, ConfigError
 from ddpm_jax.progress import progress
 
@@ -36,6 +38,7 @@ def define_flags() -> None:
 
 def main(command: str) -> None:
     """The program."""
+    use_cores()
     {"likelihood": likelihood}[command]()
 
 
@@ -68,6 +71,8 @@ def bits_per_dim(
         seed: of the noise.
         batch_size: images at a time, rounded up to a multiple of the devices.
     """
+    sampling = dataclasses.replace(run.config.sampling, guidance=1.0)
+    run = run._replace(config=dataclasses.replace(run.config, sampling=sampling))
     mesh = training.make_mesh()
     size = -(-min(batch_size, len(image)) // mesh.size) * mesh.size
     firsts = range(0, len(image), size)
@@ -76,7 +81,7 @@ def bits_per_dim(
     # Jitted: only what is computed there lies on the devices of other processes, too.
     keys_of = jax.jit(jax.vmap(jax.random.fold_in, (None, 0)), out_shardings=sharding)
     total = len(firsts) * run.schedule.num_timesteps
-    with progress(total, "likelihood", "step", disable=jax.process_index() != 0) as bar:
+    with progress(total, "likelihood", "step") as bar:
         for first in firsts:
             # The last batch repeats its last image, so that it compiles nothing new.
             numbers = np.minimum(np.arange(first, first + size), len(image) - 1)
@@ -128,7 +133,6 @@ def _with_overrides(config: Config) -> Config:
         config.data.split = FLAGS.split
     learned = config.diffusion.learned_variance
     config.sampling.variance = FLAGS.variance or ("learned" if learned else config.sampling.variance)
-    config.sampling.guidance = 1.0
     try:
         diffusion.check_variance(config.sampling.variance, learned)
     except ValueError as error:

@@ -29,8 +29,6 @@ IDENTITY_FIELDS = [
     if field.startswith(("model.", "diffusion.")) and field not in ("model.attention", "model.dropout")
 ] + ["data.image_size", "data.channels", "data.normalizer", "data.mean", "data.std"]
 
-_NOT_THE_NETWORK_S = ("kind", "label_dropout")  # of the fields of config.model
-
 
 class RunError(ValueError):
     """A workdir that cannot be used as asked; the message is one line with the path and the remedy."""
@@ -51,23 +49,25 @@ def make_schedule(config: Config) -> diffusion.Schedule:
 
 
 def make_model(config: Config) -> models.Network:
-    """The network of ``model.kind``, with those settings that its class declares as fields.
-
-    A setting of None is left to the network.
+    """The network of ``model.kind``, with those settings that its class declares as fields; None is left to it.
 
     Raises:
-        ConfigError: a setting that the network does not have and that is not at its default, or an attention
-            implementation that cannot run here.
+        ConfigError: no such network, one that is not told what ``diffusion.time`` draws, a setting that the network
+            does not have and that is not at its default, or an attention implementation that cannot run here.
     """
-    network: Any = models.NETWORKS[config.model.kind]
+    try:
+        network: Any = models.network_class(config.model.kind, config.diffusion.time)
+    except ValueError as error:
+        raise ConfigError(f"config.{error}") from None
     accepted = {field.name for field in dataclasses.fields(network)}
-    settings = {f"model.{x.name}": x.name for x in dataclasses.fields(config.model) if x.name not in _NOT_THE_NETWORK_S}
-    settings["train.remat"] = "remat"
+    own = [x.name for x in dataclasses.fields(config.model) if x.name not in ("kind", "label_dropout")]
+    settings = {f"model.{name}": name for name in own} | {"train.remat": "remat"}
     for field, name in settings.items():
         value = config_lib.get(config, field)
         if name not in accepted and value != config_lib.get(Config(), field):
-            kind = config.model.kind
-            raise ConfigError(f"config.{field}={value!r}: the network {kind!r} has no such setting; leave it out")
+            raise ConfigError(
+                f"config.{field}={value!r}: the network {config.model.kind!r} has no such setting; leave it out"
+            )
     if "attention" in accepted:
         _check_attention(config)
     values = {name: config_lib.get(config, field) for field, name in settings.items()}

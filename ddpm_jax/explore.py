@@ -20,6 +20,7 @@ from absl import flags
 from etils import epath
 
 from ddpm_jax import data, experiment, figures, images, program, studies
+from ddpm_jax.compiler import use_cores
 from ddpm_jax.config import Config, ConfigError
 
 FLAGS = flags.FLAGS
@@ -81,6 +82,7 @@ def define_flags() -> None:
 def main(command: str) -> None:
     """The program."""
     _check_flags(command)
+    use_cores()
     out = epath.Path(FLAGS.out)
     picture, numbers, summary = _COMMANDS[command](command)
     if jax.process_index() != 0:

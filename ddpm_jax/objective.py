@@ -44,7 +44,7 @@ def make_loss_fn(config: Config, model: models.Network, schedule: diffusion.Sche
         output, variance_output = diffusion.split_output(applied, x_t)
         target = diffusion.target(settings.prediction, table, x0, eps, t)
         losses = diffusion.loss(settings.loss, output, target)
-        losses *= diffusion.weight(settings.loss_weight, settings.prediction, table, t)
+        losses *= diffusion.weight(settings.loss_weight, settings.prediction, table, t, snr_gamma=settings.snr_gamma)
         if variance_output is not None:
             losses += diffusion.variance_loss(
                 schedule, settings.prediction, output, variance_output, x0, x_t, t, bounds=bounds

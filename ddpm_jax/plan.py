@@ -250,6 +250,21 @@ def _with_overrides(config: Config) -> Config:
     return config
 
 
+def _check_flags() -> None:
+    """What would be ignored, or fail only when minutes of compiling are over."""
+    if not FLAGS.topology:
+        raise ConfigError("--topology is missing: the slice to plan for, such as --topology v5e:2x4")
+    if FLAGS.fsdp is not None and FLAGS.program == "sample":
+        raise ConfigError(f"--fsdp={FLAGS.fsdp}: a sampler has the whole network on each device; leave it out")
+    if FLAGS.sweep and FLAGS.weak_scaling:
+        raise ConfigError(f"--weak_scaling={FLAGS.weak_scaling}: is of one plan; leave out --sweep")
+    if FLAGS.json:
+        try:
+            epath.Path(FLAGS.json).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--json={FLAGS.json}: {error}") from None
+
+
 def main() -> None:
     """The program."""
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no TPU to be asked about
@@ -257,8 +272,7 @@ def main() -> None:
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # libtpu complains where it cannot find it out
     jax.config.update("jax_platforms", "cpu")
     config = _with_overrides(program.loaded_config()[0])
-    if not FLAGS.topology:
-        raise ConfigError("--topology is missing: the slice to plan for, such as --topology v5e:2x4")
+    _check_flags()
     result: Plan | list[Plan]
     if FLAGS.sweep:
         print(f"{FLAGS.topology}\n{_HEADER}", flush=True)

@@ -22,6 +22,7 @@ def run(
     commands: Commands | None = None,
     *,
     alone: bool = False,
+    saves: bool = False,
 ) -> NoReturn:
     """Defines and parses the flags, joins the processes of the run and runs ``main``; its value is the exit status.
 
@@ -33,6 +34,7 @@ def run(
         commands: what the first argument may be, each with the names of the arguments that follow it, all of which
             ``main`` is called with: {"from-ddpm": ("PATH",)}. None: the program takes flags only.
         alone: the program is one process wherever it runs, and has no ``--distributed``.
+        saves: at SIGTERM the program saves and stops by itself; others just end.
 
     A mistake of the user's (a flag, a config, the data, the workdir) ends in one line on stderr and status 2 or 1,
     never in a traceback; anything else is a bug and shows where it is.
@@ -43,7 +45,7 @@ def run(
     warnings.showwarning = _show_warning
     logging.set_verbosity(logging.ERROR)  # Orbax logs a dozen lines a checkpoint
     app.run(
-        lambda argv: _main(functools.partial(main, *argv[1:]), alone),
+        lambda argv: _main(functools.partial(main, *argv[1:]), alone, saves),
         flags_parser=functools.partial(_parse_flags, commands=commands),
     )
     raise AssertionError("app.run does not return")
@@ -56,14 +58,14 @@ def _define_distributed() -> None:
     flags.DEFINE_integer("process_id", None, "Of this one, 0 .. num_processes - 1.", lower_bound=0)
 
 
-def _main(main: Callable[[], int | None], alone: bool) -> NoReturn:
+def _main(main: Callable[[], int | None], alone: bool, saves: bool) -> NoReturn:
     """Exits with the status of ``main``, started with its peers."""
     import jax
 
     from ddpm_jax import distributed
 
     try:
-        status = _guarded(main if alone else functools.partial(_joined, main))
+        status = _guarded(main if alone else functools.partial(_joined, main, saves))
     except Exception as error:
         if not jax.distributed.is_initialized():
             raise
@@ -82,12 +84,12 @@ def _main(main: Callable[[], int | None], alone: bool) -> NoReturn:
     sys.exit(status)
 
 
-def _joined(main: Callable[[], int | None]) -> int | None:
+def _joined(main: Callable[[], int | None], saves: bool) -> int | None:
     """``main``, after the processes of the run have found each other; all but the first are silent but for errors."""
     from ddpm_jax import distributed
 
     FLAGS = flags.FLAGS
-    distributed.start(FLAGS.distributed, FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+    distributed.start(FLAGS.distributed, FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id, saves=saves)
     if not distributed.is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
         warnings.simplefilter("ignore")

@@ -7,23 +7,25 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from ddpm_jax import distributed
+
 SECONDS_BETWEEN_LINES = 20.0
 _LINE = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
 
-def progress(total: int | None, description: str, unit: str = "it", initial: int = 0, *, disable: bool = False) -> tqdm:
+def progress(total: int | None, description: str, unit: str = "it", initial: int = 0) -> tqdm:
     """Open a progress bar on stderr; use it in a `with` statement and call `.update(n)`, `.set_postfix(loss=...)`.
 
     Where stderr is neither a terminal nor a notebook, it prints one line at the start, one about every 20 seconds and
-    one at the end, without carriage returns, however often it is updated.
+    one at the end, without carriage returns, however often it is updated. Of several processes the first one shows it.
 
     Args:
         total: the number of units in the whole job, or None where that is unknown.
         description: a word or two that head the line.
         unit: what is counted, for example "step" or "img".
         initial: units already done, as after a resume; they do not count in the rate.
-        disable: show nothing; for every process but the first.
     """
+    disable = not distributed.is_first()
     if _can_redraw():
         return tqdm(total=total, desc=description, unit=unit, initial=initial, disable=disable, dynamic_ncols=True)
     return tqdm(

@@ -13,6 +13,7 @@ from etils import epath
 
 from ddpm_jax import config as config_lib
 from ddpm_jax import experiment, generate, images, program, training
+from ddpm_jax.compiler import use_cores
 from ddpm_jax.config import Config, ConfigError
 from ddpm_jax.progress import progress
 
@@ -67,12 +68,13 @@ def define_flags() -> None:
 def main() -> None:
     """The program."""
     _check_flags()
+    use_cores()
     run = experiment.load(FLAGS.workdir or "", weights=FLAGS.weights, step=FLAGS.step)
     config = _with_overrides(run.config)
     _check_label(config)
     mesh = training.make_mesh()
     batches = generate.num_batches(FLAGS.num_images, FLAGS.batch_size, mesh)
-    with progress(batches * config.sampling.num_steps, "sampling", "step", disable=jax.process_index() != 0) as bar:
+    with progress(batches * config.sampling.num_steps, "sampling", "step") as bar:
         drawn = generate.draw(
             config,
             run.schedule,

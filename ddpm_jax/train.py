@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from ddpm_jax import config as config_lib
 from ddpm_jax import data, distributed, experiment, generate, images, normalizer, program, training
+from ddpm_jax.compiler import use_cores
 from ddpm_jax.config import Config, ConfigError
 from ddpm_jax.experiment import RunError
 from ddpm_jax.progress import progress
@@ -89,7 +90,11 @@ def _train_from(
         def sample_is_due(step: int) -> bool:
             return step % settings.sample_every == 0 or step == settings.num_steps
 
-        if first_step and sample_is_due(first_step) and not _samples_path(workdir, state).exists():
+        if (
+            first_step
+            and sample_is_due(first_step)
+            and distributed.first_says(not _samples_path(workdir, state).exists())
+        ):
             _write_samples(setup, state, workdir, writer)  # the run was killed between a checkpoint and its pictures
         for step in range(first_step + 1, settings.num_steps + 1):
             with profile.step(step, state):
@@ -193,7 +198,7 @@ def _write_samples(setup: Setup, state: TrainState, workdir: str, writer: traini
     config = setup.config
     steps = 2 * config.sampling.num_steps
     halves = []
-    with progress(steps, "sampling", "step", disable=jax.process_index() != 0) as bar:
+    with progress(steps, "sampling", "step") as bar:
         for params in (state.params, state.ema_params):
             drawn = generate.draw(
                 config,
@@ -258,6 +263,7 @@ def define_flags() -> None:
 def main() -> None:
     """The program."""
     config, name = program.loaded_config()
+    use_cores(config.train.batch_size // config.train.accumulate)
     if flags.FLAGS.dry_run:
         dry_run(config)
     else:
@@ -265,4 +271,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    program.run(main, define_flags)
+    program.run(main, define_flags, saves=True)

@@ -88,4 +88,5 @@ for ((restart = 0; ; restart++)); do
   fi
   echo "restart: exits ${codes[*]} ($reason); starting all $number again, $((restart + 1)) of $max_restarts" >&2
   sleep "$pause"
+  if $stopping; then exit "$code"; fi
 done

@@ -38,7 +38,12 @@ state() { queued describe --format='value(state.state)'; }
 
 await() { # until the slice is there
   local now
-  while now=$(state) && [[ $now != ACTIVE ]] && ! $dry_run; do
+  while true; do
+    if ! now=$(state); then
+      echo "error: Google did not say how $TPU_NAME is; launch/queued_resource.sh wait asks again" >&2
+      exit 1
+    fi
+    if [[ $now == ACTIVE ]] || $dry_run; then return; fi
     if [[ $now == FAILED || $now == SUSPENDED ]]; then
       echo "error: $TPU_NAME is $now; launch/queued_resource.sh resume asks for another slice" >&2
       exit 1

@@ -24,6 +24,8 @@ from ddpm_jax.config import (
     TrainConfig,
 )
 
+jax.config.update("jax_num_cpu_devices", 1)  # on any machine, unless a test asks for more
+
 ROOT = Path(__file__).parents[1]
 NUM_IMAGES, NUM_CLASSES = 20, 3
 
@@ -110,7 +112,7 @@ def program_env(compilation_cache):
         "JAX_COMPILATION_CACHE_DIR": compilation_cache,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
     }
 
 
@@ -132,10 +134,10 @@ class Result(NamedTuple):
 
 # Imports once and forks for each command line, so that a dozen of them cost one import of JAX.
 _DRIVER = """
-import importlib, json, os, sys, traceback
+import importlib, json, os, runpy, sys, traceback
 name, command_lines = json.load(sys.stdin)
-module = importlib.import_module(name)
-from ddpm_jax import program
+importlib.import_module(name)
+del sys.modules[name]
 for number, arguments in enumerate(command_lines):
     child = os.fork()
     if child == 0:
@@ -143,7 +145,7 @@ for number, arguments in enumerate(command_lines):
             os.dup2(os.open(f"{os.environ['RESULTS']}/{number}.{suffix}", os.O_WRONLY | os.O_CREAT), stream)
         sys.argv, code = [name, *arguments], 99
         try:
-            program.run(module.main, module.define_flags, getattr(module, "COMMANDS", None))
+            runpy.run_module(name, run_name="__main__")
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else int(error.code is not None)
         except BaseException:

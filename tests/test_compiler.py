@@ -1,5 +1,9 @@
 """What XLA is told beside the program."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,3 +58,35 @@ def test_the_loops_pass_the_options_on(loop):
     np.testing.assert_allclose(LOOPS[loop](x, compiler_options=options), LOOPS[loop](x), rtol=1e-5)
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_nonsense"):
         LOOPS[loop](x, compiler_options={"xla_nonsense": "1"})
+
+
+DEVICES = """
+import sys
+from ddpm_jax import compiler
+compiler.num_cores = lambda: int(sys.argv[1])
+for batch_size in map(int, sys.argv[2:]):
+    compiler.use_cores(batch_size or None)
+    import jax
+    print(jax.device_count())
+"""
+
+
+@pytest.mark.parametrize(
+    ("said", "arguments", "found"),
+    [
+        ({}, ["2", "64"], ["2"]),
+        ({}, ["6", "64"], ["4"]),
+        ({}, ["6", "7"], ["1"]),
+        ({}, ["6", "0"], ["6"]),
+        ({}, ["64", "0"], ["8"]),
+        ({}, ["2", "7", "64"], ["1", "1"]),  # the devices are there already
+        ({"JAX_NUM_CPU_DEVICES": "3"}, ["2", "64"], ["3"]),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=5"}, ["2", "64"], ["5"]),
+    ],
+)
+def test_every_core_is_a_device_unless_the_user_said_otherwise(said, arguments, found):
+    unsaid = os.environ.keys() - {"XLA_FLAGS", "JAX_NUM_CPU_DEVICES"}
+    environment = {name: os.environ[name] for name in unsaid} | {"JAX_PLATFORMS": "cpu"} | said
+    command = [sys.executable, "-c", DEVICES, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == found

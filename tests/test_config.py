@@ -87,7 +87,6 @@ def test_a_missing_field_takes_its_default_and_an_unknown_one_is_named():
         ({"dtype": "float16"}, "choose one of auto, float32, bfloat16"),
         ({"data.channels": 4}, "choose one of 1, 3"),
         ({"data.placement": "gpu"}, "choose one of host, device"),
-        ({"model.kind": "dit"}, "choose one of unet"),
         ({"model.attention": "flash"}, "choose one of xla, cudnn"),
         ({"model.block": "swin"}, "choose one of None, convnext, resnet"),
         ({"diffusion.schedule": "lienar"}, "choose one of linear, cosine"),
@@ -96,6 +95,8 @@ def test_a_missing_field_takes_its_default_and_an_unknown_one_is_named():
         ({"data.normalizer": "zscore"}, "choose one of none, mean_std"),
         ({"diffusion.loss": "mse"}, "choose one of l1, l2, huber"),
         ({"diffusion.loss_weight": "snr"}, "choose one of uniform"),
+        ({"diffusion.snr_gamma": 1.0}, "is of min_snr, not of config.diffusion.loss_weight='uniform'"),
+        ({"diffusion.snr_gamma": 0.0, "diffusion.loss_weight": "min_snr"}, "must be positive"),
         ({"optimizer.lr_decay": "linear"}, "choose one of constant, cosine"),
         ({"train.remat": "all"}, "choose one of none, blocks, dots"),
         ({"sampling.method": "euler"}, "choose one of ddim, ddpm"),
@@ -160,7 +161,6 @@ def test_a_missing_field_takes_its_default_and_an_unknown_one_is_named():
         ({"diffusion.betas": 0.1}, "must be tuple"),
         ({"diffusion.rescale_zero_snr": 1}, "must be bool, not int"),
         # what does not fit together
-        ({"diffusion.time": "continuous"}, "'unet' is told the timestep.*config.model.kind='residual_unet'"),
         (CONTINUOUS | {"diffusion.schedule": "linear"}, "'linear' is a table of T .* cosine, offset_cosine"),
         (CONTINUOUS | {"diffusion.rescale_zero_snr": True, "diffusion.prediction": "v"}, "rescales a table.*discrete"),
         (CONTINUOUS | {"diffusion.learned_variance": True}, "between two timesteps; use discrete"),
@@ -314,11 +314,8 @@ def test_two_configs_share_no_section():
 
 
 def test_the_choices_of_the_network_are_the_networks_own():
-    # Written out in config.py, which is to be imported without Flax.
+    # Written out in limits.py, which is to be imported without Flax.
     from ddpm_jax import models
 
-    assert limits.CHOICES["model.kind"] == tuple(models.NETWORKS)
-    wanting = tuple(kind for kind, network in models.NETWORKS.items() if models.takes_noise_level(network))
-    assert wanting == config_lib.NOISE_LEVEL_NETWORKS
     assert limits.CHOICES["model.attention"] == models.ATTENTIONS
     assert limits.CHOICES["train.remat"] == models.REMATS

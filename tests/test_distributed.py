@@ -281,8 +281,10 @@ program.run(main, lambda: None)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_ends_its_peer_within_two_minutes_and_both_start_again(program_env, tmp_path, victim):
+@pytest.mark.parametrize(("victim", "sent"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)])
+def test_a_dead_or_frozen_process_ends_its_peer_within_two_minutes_and_both_start_again(
+    program_env, tmp_path, victim, sent
+):
     (tmp_path / "waits.py").write_text(_WAITS)
     command = ["bash", str(ROOT / "launch" / "local_processes.sh"), "2", sys.executable, str(tmp_path / "waits.py")]
     env = program_env | {"FOLDER": str(tmp_path)}
@@ -293,11 +295,13 @@ def test_a_killed_process_ends_its_peer_within_two_minutes_and_both_start_again(
                 assert time.monotonic() < deadline
                 time.sleep(0.1)
             pids = [int((tmp_path / name).read_text()) for name in "01"]
-            os.kill(pids[victim], signal.SIGKILL)
+            os.kill(pids[victim], sent)
             killed = time.monotonic()
             while os.path.exists(f"/proc/{pids[1 - victim]}"):
                 assert time.monotonic() - killed < 120
                 time.sleep(0.1)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pids[victim], signal.SIGKILL)  # the script waits for a frozen one
             _, err = process.communicate(timeout=300)
         finally:
             with contextlib.suppress(ProcessLookupError):
@@ -305,3 +309,23 @@ def test_a_killed_process_ends_its_peer_within_two_minutes_and_both_start_again(
     assert process.returncode == 0, err
     exits = "137 134" if victim == 0 else "134 137"
     assert f"restart: exits {exits} (a process died" in err
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_program_that_has_nothing_to_save(program_env, tmp_path):
+    """Only training asks for the signal; in other programs JAX's notifier would swallow it."""
+    (tmp_path / "waits.py").write_text(_WAITS)
+    command = ["bash", str(ROOT / "launch" / "local_processes.sh"), "--max-restarts", "0", "2", sys.executable]
+    env = program_env | {"FOLDER": str(tmp_path)}
+    process = subprocess.Popen([*command, str(tmp_path / "waits.py")], env=env, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 300
+        while not all((tmp_path / name).exists() for name in "01"):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) != 0
+        assert not any(os.path.exists(f"/proc/{(tmp_path / name).read_text()}") for name in "01")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)

@@ -89,6 +89,9 @@ def test_it_is_the_bound_of_the_images_with_their_labels(results, trained, npz_p
     mine = evaluate.bits_per_dim(run, pixels[:3], labels[:3], seed=0, batch_size=2)
     assert mine.total.shape == (3,)
     assert math.isfinite(mine.total.sum())
+    run.config.sampling.guidance = 3.0  # has no likelihood
+    guided = evaluate.bits_per_dim(run, pixels[:3], labels[:3], seed=0, batch_size=2)
+    np.testing.assert_array_equal(guided.total, mine.total)
 
 
 def test_the_bound_is_taken_in_the_units_of_the_normaliser(make_config, monkeypatch):

@@ -93,7 +93,8 @@ def test_any_module_is_a_network_with_one_line_in_the_dictionary(monkeypatch):
 
     monkeypatch.setitem(models.NETWORKS, "pointwise", Pointwise)
     model = ModelConfig(kind="pointwise", base_channels=8, attention_resolutions=ModelConfig().attention_resolutions)
-    config = tiny(data=DataConfig(image_size=SIZE, channels=3), model=model)
+    config = tiny(data=DataConfig(image_size=8, channels=3), model=model)
+    config_lib.validate(config)
     network = experiment.make_model(config)
     assert (type(network), network.out_channels, network.base_channels) == (Pointwise, 3, 8)
     denoise_fn = experiment.make_denoise_fn(network, {}, experiment.make_schedule(config))
@@ -104,6 +105,21 @@ def test_any_module_is_a_network_with_one_line_in_the_dictionary(monkeypatch):
     with pytest.raises(
         ConfigError, match=r"^config\.model\.num_classes=3: the network 'pointwise' has no such setting"
     ):
+        experiment.make_model(config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("dit", r"^config\.model\.kind='dit': choose one of unet, linear_attention_unet, residual_unet$"),
+        ("unet", r"^config\.diffusion\.time='continuous': the network 'unet' .* model\.kind=residual_unet$"),
+    ],
+)
+def test_a_network_that_does_not_exist_or_fit_is_refused(kind, message):
+    config = tiny(diffusion=DiffusionConfig(time="continuous", schedule="cosine"))
+    config.model.kind = kind
+    config_lib.validate(config)  # which knows no networks
+    with pytest.raises(ConfigError, match=message):
         experiment.make_model(config)
 
 

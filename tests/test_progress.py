@@ -8,6 +8,7 @@ import termios
 
 import pytest
 
+from ddpm_jax import distributed
 from ddpm_jax import progress as progress_module
 from ddpm_jax.progress import progress
 
@@ -90,8 +91,9 @@ def test_a_resumed_job_starts_where_it_stopped(clock, capsys):
     assert "60% 6/10" in capsys.readouterr().err
 
 
-def test_disabled_shows_nothing(capsys):
-    with progress(10, "training", disable=True) as bar:
+def test_all_processes_but_the_first_show_nothing(capsys, monkeypatch):
+    monkeypatch.setattr(distributed, "is_first", lambda: False)
+    with progress(10, "training") as bar:
         bar.update(1)
         bar.set_postfix(loss=1.0)
         bar.set_postfix_str("x")

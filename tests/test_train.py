@@ -18,8 +18,8 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
+from ddpm_jax import compiler, experiment, generate, images, train, training
 from ddpm_jax import config as config_lib
-from ddpm_jax import experiment, generate, images, train, training
 from ddpm_jax.config import ConfigError
 from ddpm_jax.data import DataError
 from ddpm_jax.experiment import RunError
@@ -480,6 +480,13 @@ def test_a_dry_run_needs_no_data_and_creates_nothing(dry_run):
     assert [path.name for path in cwd.iterdir() if path.name != "__pycache__"] == ["tiny.py"]
     values, _ = json.JSONDecoder().raw_decode(result.stdout)
     assert config_lib.from_dict(values) == config
+
+
+def test_the_cores_of_a_cpu_are_devices(dry_run, run_program, tmp_path, write_config_file):
+    path = write_config_file(tmp_path / "cores.py", dry_run[2])  # batches of 8
+    said = run_program("ddpm_jax.train", {"": [f"--config={path}", "--dry_run"]}, tmp_path, XLA_FLAGS="")[""]
+    number = max(n for n in (1, 2, 4, 8) if n <= compiler.num_cores())
+    assert f"mesh: {{'data': {number}, 'fsdp': 1}} of {number} cpu device(s)" in said.stdout
 
 
 def test_a_dry_run_counts_parameters_and_memory(dry_run, trained):

@@ -11,7 +11,7 @@ from ddpm_jax.diffusion.process import PREDICTIONS, unknown_prediction, x0_from
 from ddpm_jax.diffusion.schedule import Schedule, rates
 from ddpm_jax.diffusion.variance import model_log_variance
 
-MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, section 3.4
+SNR_GAMMA = 5.0  # Hang et al. 2023, section 3.4
 VLB_WEIGHT = 0.001  # Nichol & Dhariwal 2021, section 3.1
 
 
@@ -54,11 +54,12 @@ def target(prediction: str, schedule: Schedule, x0: jax.Array, eps: jax.Array, t
     return {"eps": eps, "x0": x0}[prediction]
 
 
-def weight(kind: str, prediction: str, schedule: Schedule, t: jax.Array) -> jax.Array:
+def weight(kind: str, prediction: str, schedule: Schedule, t: jax.Array, *, snr_gamma: float = SNR_GAMMA) -> jax.Array:
     """Weight of each example's loss, float32 [B], from its timestep.
 
     uniform: 1, which for eps is L_simple (Ho et al. 2020, eq. 14).
-    min_snr: w = min(SNR, 5), SNR = alpha_bar / (1 - alpha_bar), on the squared error of x0 (Hang et al. 2023, eq. 8).
+    min_snr: w = min(SNR, snr_gamma), SNR = alpha_bar / (1 - alpha_bar), on the squared error of x0 (Hang et al. 2023,
+    eq. 8).
     p2: w = SNR / (1 + SNR) on the squared error of x0, which is 1 / (1 + SNR)^1 on that of eps (Choi et al. 2022,
     eq. 8, k = 1 and gamma = 1): less for the faint noise that nobody sees.
 
@@ -69,13 +70,14 @@ def weight(kind: str, prediction: str, schedule: Schedule, t: jax.Array) -> jax.
         prediction: what the network predicts, "eps", "x0" or "v".
         schedule: the noise schedule.
         t: int32 [B].
+        snr_gamma: where the weight of min_snr stops to grow, > 0; the others have none.
     """
     if kind not in _WEIGHTS:
         raise ValueError(f"diffusion.loss_weight={kind!r}: choose one of {', '.join(_WEIGHTS)}")
     if prediction not in PREDICTIONS:
         raise unknown_prediction(prediction)
     now = rates(schedule, t, t)
-    return _WEIGHTS[kind](prediction, now.alpha_bar / now.noise_level)
+    return _WEIGHTS[kind](prediction, now.alpha_bar / now.noise_level, snr_gamma)
 
 
 def variance_loss(
@@ -119,20 +121,24 @@ _DISTANCES: dict[str, Callable[[jax.Array], jax.Array]] = {"l1": jnp.abs, "l2": 
 LOSSES = tuple(_DISTANCES)
 
 
-def _uniform(prediction: str, snr: jax.Array) -> jax.Array:
+def _uniform(prediction: str, snr: jax.Array, gamma: float) -> jax.Array:
     return jnp.ones_like(snr)
 
 
-def _min_snr(prediction: str, snr: jax.Array) -> jax.Array:
-    w = jnp.minimum(snr, MIN_SNR_GAMMA)
-    return {"eps": jnp.minimum(1.0, MIN_SNR_GAMMA / snr), "x0": w, "v": w / (snr + 1)}[prediction]
+def _min_snr(prediction: str, snr: jax.Array, gamma: float) -> jax.Array:
+    w = jnp.minimum(snr, gamma)
+    return {"eps": jnp.minimum(1.0, gamma / snr), "x0": w, "v": w / (snr + 1)}[prediction]
 
 
-def _p2(prediction: str, snr: jax.Array) -> jax.Array:
+def _p2(prediction: str, snr: jax.Array, gamma: float) -> jax.Array:
     w = 1 / (1 + snr)
     return {"eps": w, "x0": w * snr, "v": w * snr / (snr + 1)}[prediction]
 
 
-# A new weighting is a function of what is predicted and the SNR, and a line here.
-_WEIGHTS: dict[str, Callable[[str, jax.Array], jax.Array]] = {"uniform": _uniform, "min_snr": _min_snr, "p2": _p2}
+# A new weighting is a function of what is predicted, the SNR and snr_gamma, and a line here.
+_WEIGHTS: dict[str, Callable[[str, jax.Array, float], jax.Array]] = {
+    "uniform": _uniform,
+    "min_snr": _min_snr,
+    "p2": _p2,
+}
 WEIGHTS = tuple(_WEIGHTS)

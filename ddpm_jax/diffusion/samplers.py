@@ -94,6 +94,7 @@ def sample(
     t, t_prev = checked_plan(schedule, num_steps, spacing, plan)
     if not 0 <= trajectory <= len(t):
         raise ValueError(f"trajectory={trajectory}: must lie in 0 .. {len(t)}, the number of steps")
+    _check_signal(schedule, prediction, int(t[0]))
     x_T = jnp.asarray(x_T, jnp.float32)
     if on_step is not None and isinstance(x_T, jax.core.Tracer):
         raise ValueError("on_step: inside another jit the chain runs after the call has returned; leave it out there")
@@ -211,6 +212,17 @@ def _check_choices(method: str, eta: float | jax.Array, variance: str, predictio
         raise ValueError(f"sampling.eta={eta}: must lie in 0 .. 1")
     if method != "ddim" and float(eta) != 0:
         raise ValueError(f"sampling.eta={eta}: method {method!r} has no eta; leave it at 0 or use method 'ddim'")
+
+
+def _check_signal(schedule: Schedule, prediction: str, first_t: int) -> None:
+    """Lin et al. 2023, section 3.2: where there is no signal, the noise says nothing of the image."""
+    if prediction != "eps" or isinstance(schedule.alpha_bars, jax.core.Tracer):
+        return
+    if np.asarray(schedule.alpha_bars)[first_t] == 0:
+        raise ValueError(
+            f"prediction='eps': the chain starts at t = {first_t}, which is pure noise; it needs a network that "
+            "predicts v or x0, or a plan that starts below"
+        )
 
 
 def checked_plan(

@@ -18,6 +18,23 @@ NETWORKS: dict[str, type[Network]] = {
 }
 
 
+def network_class(kind: str, time: str) -> type[Network]:
+    """The module of ``model.kind``.
+
+    Raises:
+        ValueError: there is none, or it is told whole timesteps where ``diffusion.time`` is "continuous".
+    """
+    if kind not in NETWORKS:
+        raise ValueError(f"model.kind={kind!r}: choose one of {', '.join(NETWORKS)}")
+    if time == "continuous" and not takes_noise_level(NETWORKS[kind]):
+        others = ", ".join(name for name, network in NETWORKS.items() if takes_noise_level(network))
+        raise ValueError(
+            f"diffusion.time='continuous': the network {kind!r} is told the timestep, a whole number; use discrete, or "
+            f"model.kind={others}"
+        )
+    return NETWORKS[kind]
+
+
 def takes_noise_level(network: Network | type[Network]) -> bool:
     """Whether a network wants the noise level 1 - alpha_bar, float32 [B], where others want t."""
     return getattr(network, "takes", "t") == "noise_level"
@@ -32,5 +49,6 @@ __all__ = [
     "ResidualUNet",
     "UNet",
     "check_attention",
+    "network_class",
     "takes_noise_level",
 ]

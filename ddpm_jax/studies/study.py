@@ -65,6 +65,9 @@ def with_sampling(config: Config, **fields: Any) -> Config:
         sampling.eta, sampling.end = fields.get("eta", 0.0), fields.get("end", "clean")
     if sampling.spacing != "leading":
         sampling.steps_offset = 0
+    elif "steps_offset" not in fields:  # the run's own is of its own number of steps
+        T, S = config.diffusion.num_timesteps, min(sampling.num_steps, config.diffusion.num_timesteps)
+        sampling.steps_offset = min(sampling.steps_offset, T - 1 - (S - 1) * (T // S))
     if not sampling.clip_x0:
         sampling.dynamic_threshold = sampling.max_threshold = 0.0
     config_lib.validate(config)
@@ -101,7 +104,7 @@ def encode(run: experiment.Run, start: Start, on_step: OnStep | None = None, **f
 
 def new_bar(total: int, name: str) -> tqdm:
     """A progress bar, on the first process."""
-    return progress(total, name, "step", disable=jax.process_index() != 0)
+    return progress(total, name, "step")
 
 
 def tick(bar: tqdm) -> OnStep:

@@ -5,6 +5,7 @@ import warnings
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
@@ -55,7 +56,7 @@ def restore_latest(
 ) -> TrainState | None:
     """The newest state that can be read, on the shardings of ``abstract_state``; None where there is no checkpoint.
 
-    A damaged checkpoint is passed over with a warning.
+    A damaged checkpoint is passed over with a warning; so is one that any of several processes cannot read.
 
     Args:
         checkpoints: from ``open_checkpoints``.
@@ -67,11 +68,14 @@ def restore_latest(
         ValueError: there are checkpoints and none can be read; nothing is moved then.
     """
     damaged: list[tuple[int, str]] = []
-    for step in sorted(checkpoints.all_steps(), reverse=True):
+    for step in _newest_first(checkpoints):
+        state, reason = None, ""
         try:
             state = restore(checkpoints, step, abstract_state)
         except ValueError as error:
-            damaged.append((step, str(error)))
+            reason = str(error)
+        if not _all(state is not None):
+            damaged.append((step, reason or f"checkpoint {step} is damaged (another process cannot read it)"))
             continue
         for bad_step, reason in damaged:
             where = "; moved to damaged_checkpoints/" if move_damaged else ""
@@ -98,11 +102,25 @@ def restore(checkpoints: ocp.CheckpointManager, step: int, abstract_state: Any) 
     args = ocp.args.Composite(**{_ITEM: ocp.args.StandardRestore(abstract_state)})
     try:
         return checkpoints.restore(step, args=args)[_ITEM]
-    except jax.errors.JaxRuntimeError:  # of a device, or of a peer that is gone; the checkpoint may be whole
+    except (jax.errors.JaxRuntimeError, TimeoutError):  # of a device, or of a peer that is gone; it may be whole
         raise
     except Exception as error:  # what the storage raises: OSError, ValueError, KeyError, …
         reason = str(error).strip().partition("\n")[0][:200]
         raise ValueError(f"checkpoint {step} is damaged ({reason})") from error
+
+
+def _newest_first(checkpoints: ocp.CheckpointManager) -> list[int]:
+    """The steps that process 0 sees: a shared file system may show the others an older listing."""
+    steps = np.array(sorted(checkpoints.all_steps(), reverse=True), np.int32)
+    if jax.process_count() > 1:
+        count = int(multihost_utils.broadcast_one_to_all(np.int32(steps.size)))
+        steps = multihost_utils.broadcast_one_to_all(np.resize(steps, count))
+    return np.asarray(steps).tolist()
+
+
+def _all(here: bool) -> bool:
+    """Whether it holds on all processes."""
+    return here if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.asarray(here)).all())
 
 
 def _move_aside(checkpoints: ocp.CheckpointManager, step: int) -> None:

@@ -22,7 +22,7 @@ class Log:
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._steps: list[dict[str, np.ndarray]] = []
         self._since, self._pause = time.monotonic(), 0.0
-        self._bar = progress(num_steps, "training", "step", initial=first_step, disable=jax.process_index() != 0)
+        self._bar = progress(num_steps, "training", "step", initial=first_step)
 
     def __enter__(self) -> Self:
         return self

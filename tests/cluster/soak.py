@@ -2,8 +2,9 @@
 
     python tests/cluster/soak.py --kills 50 [--processes 2] [--devices 2] [--seed 0]
 
-A round starts the run, and at a random time kills a random process, or all of them, with SIGKILL; half of the kills
-wait until a checkpoint is being written. The next round must go on from the newest checkpoint that was finished. In the
+A round starts the run, and at a random time kills a random process, or all of them, with SIGKILL: a third of the kills
+come while the processes start, a third while they train, and a third while a checkpoint is written. The next round must
+go on from the newest checkpoint that was finished. In the
 end the run is left alone, and every loss must be that of an undisturbed run. Prints a line a round; exits with 1 where
 a run does not go on, or loses a step that had been saved.
 """
@@ -47,7 +48,7 @@ class Soak:
     def __init__(self, folder: Path, processes: int, devices: int, steps: int, seed: int):
         self.folder, self.processes, self.devices, self.steps = folder, processes, devices, steps
         self.random = random.Random(seed)
-        self.workdir = folder / "run"
+        self.workdir, self.seconds_to_start = folder / "run", 10.0
         self.workdir.mkdir()
         np.savez(folder / "tiny.npz", images=np.random.default_rng(0).integers(0, 256, (20, 8, 8, 1), np.uint8))
         (folder / "tiny.py").write_text(CONFIG.format(npz=folder / "tiny.npz", steps=steps))
@@ -64,28 +65,32 @@ class Soak:
         if not before:
             (self.workdir / "metrics.jsonl").unlink(missing_ok=True)  # so that its lines are those of this round
         processes, started = self.start(self.workdir, self.processes, PAUSE_SECONDS="0.2"), time.time()
-        self.wait(lambda: self.began() if before else self.has_logged(), processes)
-        began = self.began()
-        assert began == before, f"went on at step {began}, though step {before} had been saved"
-        how = self.random.choice(["at any time", "during a save"])
-        self.wait(lambda: self.has_stepped(before, started), processes)  # what it compiles, it has compiled
-        if how == "during a save":
-            self.wait(lambda: self.is_saving(started), processes)
+        how = self.random.choice(["starting", "training", "saving"])
+        if how == "starting":
+            time.sleep(self.random.uniform(0, self.seconds_to_start))
         else:
-            time.sleep(self.random.uniform(0, 3))
+            self.wait(lambda: self.began() if before else self.has_logged(), processes)
+            self.wait(lambda: self.has_stepped(before, started), processes)
+            self.seconds_to_start = time.time() - started
+            if how == "saving":
+                self.wait(lambda: self.is_saving(started), processes)
+            else:
+                time.sleep(self.random.uniform(0, 3))
         victims = self.random.choice([[x] for x in range(self.processes)] + [list(range(self.processes))])
         for i in victims:
             processes[i].kill()
-        if len(victims) < self.processes and self.random.random() < 0.7:
-            time.sleep(self.random.uniform(0, 2))  # the machine goes away before the others have noticed
+        if len(victims) < self.processes and (how == "starting" or self.random.random() < 0.7):
+            # The machine goes away before the others have noticed; whom nobody joins would wait for five minutes.
+            time.sleep(self.random.uniform(0, 2))
             for process in processes:
                 process.kill()
         statuses = finish(processes, 120)
+        began = self.began()
+        assert began == before or (how == "starting" and not began), f"went on at step {began}; {before} had been saved"
         # What the launch scripts start again; the runtime's own abort, and its exit, are two of them.
         assert set(statuses) <= {134, -signal.SIGABRT, -signal.SIGKILL}, f"{statuses}\n{errors(self.workdir)}"
-        return (
-            f"from {began}, killed {victims} {how}, exits {statuses}, saved {max(checkpoints(self.workdir), default=0)}"
-        )
+        saved = max(checkpoints(self.workdir), default=0)
+        return f"from {began}, killed {victims} while {how}, exits {statuses}, saved {saved}"
 
     def has_logged(self) -> bool:
         """Whether a step is in the log."""

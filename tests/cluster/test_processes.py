@@ -73,10 +73,14 @@ def wait_for(condition, processes, workdir):
     ("number", "devices", "flags"),
     [
         (1, 8, []),
+        (1, 8, ["--config.mesh.fsdp=2"]),
+        (1, 8, ["--config.mesh.fsdp=4"]),
         (2, 4, []),
-        (2, 4, ["--config.mesh.fsdp=2"]),
         (2, 4, ["--config.mesh.fsdp=2", "--config.train.accumulate=2"]),
+        (2, 4, ["--config.mesh.fsdp=2"]),
+        (2, 4, ["--config.mesh.fsdp=4"]),
         (4, 2, []),
+        (4, 2, ["--config.mesh.fsdp=2"]),
         (4, 2, ["--config.mesh.fsdp=4", "--config.data.placement=device"]),
     ],
     ids=lambda x: " ".join(flag.rpartition(".")[2] for flag in x) if isinstance(x, list) else str(x),
@@ -96,6 +100,7 @@ def test_any_processes_and_devices_train_and_draw_the_same(run, alone, number, d
         ["ddpm_jax.evaluate", "likelihood", "--num_images=6"],
         ["ddpm_jax.explore", "determinism", "--num_images=3"],
         ["ddpm_jax.explore", "reconstruct", "--index=0", "--index=3"],
+        ["ddpm_jax.explore", "chain", "--num_images=3"],
         ["ddpm_jax.sample", "--num_images=6", "--batch_size=4"],
     ],
     ids=lambda program: program[1] if not program[1].startswith("--") else program[0],
@@ -143,7 +148,8 @@ def test_sigterm_to_one_process_saves_in_both(run):
 
 
 def test_a_killed_run_goes_on_elsewhere_as_if_nothing_had_happened(run, alone):
-    processes, workdir = run("killed", 2, 4, PAUSE_SECONDS="0.5"), run.workdir("killed")
+    cut = "--config.mesh.fsdp=2"  # so that each process writes a part of the checkpoint that the other lacks
+    processes, workdir = run("killed", 2, 4, cut, PAUSE_SECONDS="0.5"), run.workdir("killed")
     wait_for(lambda: 2 * EVERY in checkpoints(workdir), processes, workdir)
     processes[1].kill()
     killed = time.monotonic()
@@ -155,6 +161,20 @@ def test_a_killed_run_goes_on_elsewhere_as_if_nothing_had_happened(run, alone):
     assert 2 * EVERY <= saved < STEPS
     assert finish(run("killed", 1, 2), TIMEOUT) == [0], errors(workdir)
     assert f"continues at step {saved} of {STEPS}" in (workdir / "0.err").read_text()
+    assert_same_losses(workdir, alone)
+    assert np.abs(picture(workdir) - picture(alone)).max() <= 1
+
+
+def test_a_run_goes_on_with_more_processes_and_passes_over_a_damaged_checkpoint(run, alone):
+    workdir = run.workdir("more")
+    assert finish(run("more", 1, 2, f"--config.train.num_steps={2 * EVERY}"), TIMEOUT) == [0], errors(workdir)
+    for path in (workdir / "checkpoints" / str(2 * EVERY)).rglob("d/*"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert finish(run("more", 2, 4, "--config.mesh.fsdp=4"), TIMEOUT) == [0, 0], errors(workdir)
+    said = (workdir / "0.err").read_text()
+    assert f"checkpoint {2 * EVERY} is damaged" in said
+    assert f"continues at step {EVERY} of {STEPS}" in said
+    assert [path.name.partition("_")[0] for path in (workdir / "damaged_checkpoints").iterdir()] == [str(2 * EVERY)]
     assert_same_losses(workdir, alone)
     assert np.abs(picture(workdir) - picture(alone)).max() <= 1
 

@@ -40,4 +40,4 @@ if __name__ == "__main__":
     mesh.MIN_SHARDED_SIZE = 512
     training.Log = SlowLog
     training.make_train_step = compiled_together(training.make_train_step)
-    program.run(train.main, train.define_flags)
+    program.run(train.main, train.define_flags, saves=True)

@@ -93,6 +93,8 @@ def test_weights_follow_their_formula_at_every_t(name, prediction):
         found = diffusion.weight(kind, prediction, schedule, t)
         assert found.dtype == jnp.float32
         np.testing.assert_allclose(found, of_x0 / divisor, rtol=1e-6)
+    found = diffusion.weight("min_snr", prediction, schedule, t, snr_gamma=1.5)
+    np.testing.assert_allclose(found, np.minimum(snr, 1.5) / divisor, rtol=1e-6)
 
 
 @pytest.mark.parametrize("prediction", ["x0", "v"])

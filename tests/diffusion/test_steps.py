@@ -61,13 +61,17 @@ def test_to_clean_data_both_beat_ddim(method, num_steps):
     assert second < 0.8 * first
 
 
-def chain64(method, plan):
-    """The papers' formulas in lambda = log(alpha / sigma), in float64; steps to clean data by their limit."""
+def chain64(method, plan, bound=np.inf):
+    """The papers' formulas in lambda = log(alpha / sigma), in float64; steps to clean data by their limit.
+
+    Each guess is clipped to [-bound, bound].
+    """
     a, b = affine("x0", ALPHA_BARS, MU, STD)
+    guess = lambda x, t: np.clip(a[t] * x + b[t], -bound, bound)  # noqa: E731
     x, last = X_T.astype(np.float64), None
     for t, t_prev in zip(*plan, strict=True):
         alpha, sigma = math.sqrt(ALPHA_BARS[t]), math.sqrt(1 - ALPHA_BARS[t])
-        x0_hat = a[t] * x + b[t]
+        x0_hat = guess(x, t)
         if t_prev == -1:
             return x0_hat
         alpha_prev, sigma_prev = math.sqrt(ALPHA_BARS[t_prev]), math.sqrt(1 - ALPHA_BARS[t_prev])
@@ -79,7 +83,7 @@ def chain64(method, plan):
             r = (lambda_t - last[0]) / h
             data = (1 + 1 / (2 * r)) * x0_hat - 1 / (2 * r) * last[1]
         if method == "heun":
-            data = (x0_hat + a[t_prev] * step(x0_hat) + b[t_prev]) / 2
+            data = (x0_hat + guess(step(x0_hat), t_prev)) / 2
         x, last = step(data), (lambda_t, x0_hat)
     return x
 
@@ -88,6 +92,14 @@ def chain64(method, plan):
 def test_a_chain_is_the_papers_recursion_in_log_snr(method):
     for plan in (diffusion.timestep_plan(1000, 12, "trailing"), diffusion.timestep_plan(1000, 30, "quadratic")):
         assert np.abs(run(method, plan) - chain64(method, plan)).max() < 5e-6
+
+
+@pytest.mark.parametrize("method", SECOND_ORDER)
+def test_every_guess_is_clipped(method):
+    plan = diffusion.timestep_plan(1000, 12, "trailing")
+    clipped = chain64(method, plan, 0.1)
+    assert np.abs(clipped - np.clip(chain64(method, plan), -0.1, 0.1)).max() > 0.01  # not only the last one
+    assert np.abs(run(method, plan, clip_x0=(-0.1, 0.1)) - clipped).max() < 5e-6
 
 
 def test_exponential_step_is_ddim():
@@ -152,6 +164,14 @@ def test_every_method_begins_at_pure_noise_and_ends_at_clean_data(method, predic
             assert float(x0.std()) == pytest.approx(STD, abs=0.06)
         elif num_steps == 1:
             np.testing.assert_allclose(x0, MU, atol=1e-5)  # pure noise says nothing: the mean of the data
+
+
+def test_eps_says_nothing_where_there_is_no_signal():
+    schedule, network = terminal_schedule(), lambda x_t, t: 0.1 * x_t
+    with pytest.raises(ValueError, match=r"prediction='eps': the chain starts at t = 49, .*v or x0"):
+        diffusion.sample(network, schedule, X_T, KEY, num_steps=5, spacing="trailing")
+    x0 = diffusion.sample(network, schedule, X_T, KEY, plan=ladder(48, -1, 5))
+    assert np.isfinite(x0).all()
 
 
 def test_heun_on_a_plan_that_comes_to_clean_data_midway_tells_the_network_no_level_below_zero():

@@ -208,6 +208,10 @@ def test_a_queued_slice_is_waited_for(launch):
     assert verbs(launch.calls()) == ["describe"] * 3
     launch.replies("gcloud", "0 FAILED")
     assert "error: slice is FAILED" in launch("queued_resource.sh", "wait", **SLICE).stderr
+    launch.replies("gcloud", "1 ")
+    done = launch("queued_resource.sh", "wait", **SLICE)
+    assert done.returncode == 1
+    assert "error: Google did not say" in done.stderr
 
 
 def test_a_queued_slice_that_was_taken_back_is_queued_for_again(launch):
@@ -271,10 +275,24 @@ def test_the_job_set_is_filled_in_and_applied(launch):
     assert job["template"]["spec"]["restartPolicy"] == "Never"  # what podFailurePolicy asks for
 
 
-def test_the_job_set_starts_again_after_75_and_134_and_not_after_a_mistake():
+def exit_codes_rule():
     spec = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())["spec"]
     job = spec["replicatedJobs"][0]["template"]["spec"]
     [rule] = job["podFailurePolicy"]["rules"]
+    return spec, job, rule
+
+
+def test_the_job_set_starts_again_after_an_abort_of_process_1():
+    command = ["unshare", "--user", "--map-root-user", "--pid", "--fork", sys.executable, "-c"]
+    if shutil.which("unshare") is None or subprocess.run([*command, ""], check=False, capture_output=True).returncode:
+        pytest.skip("unshare is not allowed here")
+    done = subprocess.run([*command, "import os; os.abort()"], check=False, capture_output=True)
+    code = done.returncode if done.returncode > 0 else 128 - done.returncode
+    assert code in exit_codes_rule()[2]["onExitCodes"]["values"]
+
+
+def test_the_job_set_starts_again_after_75_and_134_and_not_after_a_mistake():
+    spec, job, rule = exit_codes_rule()
     assert rule["action"] == "FailJob"
     assert rule["onExitCodes"]["operator"] == "NotIn"
     assert {75, 134, 137} <= set(rule["onExitCodes"]["values"])
@@ -372,3 +390,15 @@ def test_local_processes_are_started_again_together(launch, tmp_path, codes, cod
     assert done.returncode == code, done.stderr
     assert done.stderr.count("restart: ") == restarts
     assert [(tmp_path / str(i)).read_text().strip() for i in range(2)] == [str(restarts + 1)] * 2
+
+
+def test_a_signal_between_two_starts_ends_it(launch, tmp_path):
+    (tmp_path / "codes.1").write_text("134 134")
+    env = launch.env() | {"FOLDER": str(tmp_path), "RESTART_PAUSE_SECONDS": "3"}
+    command = ["bash", str(LAUNCH / "local_processes.sh"), "2", script(tmp_path / "process", _PROCESS)]
+    with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as process:
+        while "restart: " not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 134
+    assert (tmp_path / "0").read_text().strip() == "1"

@@ -104,3 +104,14 @@ def test_another_sampling_drops_what_belonged_to_the_old():
         studies.with_sampling(config, num_steps=1001)
     with pytest.raises(ConfigError, match=r"sampling\.eta"):
         studies.with_sampling(config, method="heun", eta=0.5)
+
+
+def test_the_run_s_own_offset_goes_where_it_does_not_fit():
+    config = run(spacing="leading", steps_offset=3).config
+    total = config.diffusion.num_timesteps
+    assert studies.with_sampling(config, num_steps=10).sampling.steps_offset == 3
+    assert studies.with_sampling(config, num_steps=total).sampling.steps_offset == 0
+    with pytest.raises(ConfigError, match="steps_offset=3"):
+        studies.with_sampling(config, num_steps=total, steps_offset=3)
+    with pytest.raises(ConfigError, match="num_steps"):
+        studies.with_sampling(config, num_steps=total + 1)
