@@ -13,6 +13,8 @@ from ddpm_jax import diffusion, experiment, models, training
 from ddpm_jax.config import Config, ConfigError, DataConfig, DiffusionConfig, ModelConfig, OptimizerConfig, TrainConfig
 from ddpm_jax.experiment import RunError
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SIZE = 4
 
 
@@ -23,15 +25,6 @@ def tiny(**sections):
         "diffusion": DiffusionConfig(num_timesteps=100),
     }
     return Config(**defaults | sections)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """What takes the time here is XLA's optimizer, on programs that run once."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def alpha_bars(config):

@@ -8,6 +8,8 @@ import pytest
 from ddpm_jax import diffusion, experiment, models, objective
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SIZE = 4
 
 

@@ -17,6 +17,8 @@ from ddpm_jax.interop import InteropError, diffusers_unet
 from ddpm_jax.interop.diffusers import load_pipeline, save_pipeline
 from ddpm_jax.models import LinearAttentionUNet, UNet
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
@@ -82,15 +84,6 @@ VARIANTS = {
 }
 # All that these do not say takes diffusers' own defaults.
 DEFAULTS = {key: SMALL[key] for key in ("block_out_channels", "down_block_types", "up_block_types", "sample_size")}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """What takes the time here is XLA's optimizer, on networks that run once."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def their_network(config):

@@ -18,18 +18,11 @@ from ddpm_jax.models.linear_attention_unet import (
     linear_attention,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TINY = {"out_channels": 1, "base_channels": 8, "channel_mults": (1, 2), "num_res_blocks": 1, "num_heads": 1}
 SHAPE = (2, 4, 6, 1)
 both_blocks = pytest.mark.parametrize("block", ["convnext", "resnet"])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """What takes the time here is XLA's optimizer, on networks that run once."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def inputs(shape=SHAPE):

@@ -10,17 +10,10 @@ import pytest
 from ddpm_jax.models import ResidualUNet, takes_noise_level
 from ddpm_jax.models.residual_unet import ResidualBlock, downsample, noise_embedding, upsample
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TINY = {"out_channels": 1, "base_channels": 8, "channel_mults": (1, 2), "num_res_blocks": 1}
 SHAPE = (2, 4, 6, 1)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """What takes the time here is XLA's optimizer, on networks that run once."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def inputs(shape=SHAPE):

@@ -14,6 +14,8 @@ from jax.extend.core import jaxprs_in_params
 from ddpm_jax.models import UNet, check_attention
 from ddpm_jax.models.unet import AttentionBlock, ResBlock, conv, default_num_groups, timestep_embedding
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TINY = {
     "out_channels": 3,
     "base_channels": 8,
@@ -24,15 +26,6 @@ TINY = {
 NORM = functools.partial(nn.GroupNorm, num_groups=8, epsilon=1e-6)
 ONE_LEVEL = TINY | {"channel_mults": (1,)}  # where the levels do not matter: half as long to compile
 SHAPE = (2, 8, 8, 3)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """What takes the time here is XLA's optimizer, on networks that run once."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @functools.cache
