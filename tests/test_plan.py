@@ -132,16 +132,22 @@ def test_from_the_command_line_a_mistake_is_one_line(run_program, write_config_f
         "no topology": [f"--config={file}"],
         "dtype": [f"--config={file}", "--topology=v5e:2x4", "--dtype=float8"],
         "program": [f"--config={file}", "--topology=v5e:2x4", "--program=evaluate"],
+        "fsdp": [f"--config={file}", "--topology=v5e:2x4", "--program=sample", "--fsdp=2"],
+        "sweep": [f"--config={file}", "--topology=v5e:2x4", "--sweep", "--weak_scaling=64"],
+        "json": [f"--config={file}", "--topology=v5e:2x4", f"--json={file}/plan.json"],
     }
     results = run_program("ddpm_jax.plan", lines, tmp_path)
     assert "--topology is missing" in results["no topology"].error
     assert "config.dtype='float8'" in results["dtype"].error
     assert "evaluate" in results["program"].error
+    assert "--fsdp=2: a sampler has the whole network" in results["fsdp"].error
+    assert "--weak_scaling=64: is of one plan" in results["sweep"].error
+    assert f"--json={file}/plan.json: " in results["json"].error
 
 
 # With the TPU compiler
 
-pytestmark_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
+with_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +168,7 @@ def planned(run_program, write_config_file, make_config, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytestmark_libtpu
+@with_libtpu
 def test_a_slice_of_eight_reduces_each_gradient_once(planned):
     results, plans = planned
     assert results["plain"].code == 0, results["plain"].stderr
@@ -170,7 +176,8 @@ def test_a_slice_of_eight_reduces_each_gradient_once(planned):
     assert (found["devices"], found["device_kind"], found["batch_size"]) == (8, "TPU v5 lite", 64)
     [reduced] = found["collectives"]
     assert reduced["op"] == "all-reduce"
-    assert 4 * found["params"] <= reduced["bytes"] < 4.01 * found["params"] + 1000
+    # dtype "auto" is bfloat16 on a TPU, and XLA sends the gradient of a bfloat16 weight before it widens it.
+    assert 2 * found["params"] <= reduced["bytes"] < 2.01 * found["params"] + 1000
     # A 2x4 mesh is open: two links of 50 GB/s from every chip; a ring of eight sends 2 * 7/8 of what it reduces.
     assert found["collective_s"] == pytest.approx(reduced["bytes"] * 2 * 7 / 8 / 100e9)
     assert found["fits"]
@@ -178,7 +185,7 @@ def test_a_slice_of_eight_reduces_each_gradient_once(planned):
 
 
 @pytest.mark.slow
-@pytestmark_libtpu
+@with_libtpu
 def test_fsdp_holds_less_and_gathers(planned):
     _, plans = planned
     assert plans["fsdp"]["argument_bytes"] < plans["plain"]["argument_bytes"]
@@ -187,7 +194,7 @@ def test_fsdp_holds_less_and_gathers(planned):
 
 
 @pytest.mark.slow
-@pytestmark_libtpu
+@with_libtpu
 def test_a_v3_has_a_device_a_core_and_sampling_sends_nothing(planned):
     results, plans = planned
     assert results["v3"].code == 0, results["v3"].stderr
@@ -198,7 +205,7 @@ def test_a_v3_has_a_device_a_core_and_sampling_sends_nothing(planned):
 
 
 @pytest.mark.slow
-@pytestmark_libtpu
+@with_libtpu
 def test_mistakes_about_the_slice(planned):
     results, _ = planned
     assert "config.train.batch_size=12: must be divisible by the 8 devices" in results["indivisible"].error
