@@ -6,8 +6,8 @@ Source: our own choice. The 1,797 digits that ship inside scikit-learn, at the r
 0.7 M parameters; the cosine schedule and v-prediction; a learning rate that decays to 0, since a run this short never
 settles by itself.
 
-Expected: digits that one reads at once. Measured here (two CPU cores, jax 0.10.2, 2026-11-22): about 3.5 minutes for
-the command; a support vector machine that has seen 70 % of the real digits is more than 90 % sure of 72 % of 256
+Expected: digits that one reads at once. Measured here (two CPU cores, jax 0.10.2, 2026-11-22): 2 min 39 s for the
+command; a support vector machine that has seen 70 % of the real digits is more than 90 % sure of 73 % of 256
 samples, and of 84 % of the real digits that it has not seen (`pytest -m slow tests/test_digits.py`).
 """
 
