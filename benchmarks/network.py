@@ -54,7 +54,7 @@ def load_config(path: str) -> Config:
     """The config of a file such as configs/digits.py; the cores of a CPU are devices, as in the program."""
     config = runpy.run_path(path)["get_config"]()
     validate(config)
-    use_cores(config.train.batch_size // config.train.accumulate)
+    use_cores(config.train.batch_size // config.train.accumulate, even=True)
     return config
 
 

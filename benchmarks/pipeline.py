@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50, help="of DDIM (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
     args = parser.parse_args()
-    use_cores(args.batch)
+    use_cores(args.batch, even=True)
     machine, path = timing.machine(), args.path or random_pipeline()
     timings = timing.alternate({"ddpm_jax": ours(path, args), "diffusers": theirs(path, args)}, args.rounds)
     print(f"{machine}; {args.batch} images, DDIM, {args.steps} steps, {args.rounds} rounds")

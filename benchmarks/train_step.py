@@ -33,7 +33,7 @@ import jax.numpy as jnp
 
 from benchmarks import network, timing
 from ddpm_jax import experiment, training
-from ddpm_jax.compiler import compiler_options, use_cores
+from ddpm_jax.compiler import compiler_options, num_cores, use_cores
 from ddpm_jax.config import Config
 from ddpm_jax.models.unet import default_num_groups
 
@@ -181,7 +181,7 @@ def report(kind: str, timings: dict[str, timing.Timing], flops: float, peak: flo
 
 def main() -> None:
     """Measures and prints."""
-    use_cores()
+    use_cores(num_cores())
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     network.add_flags(parser, base=64, size=32, batch=16, mults=(1, 2, 2, 2))
     parser.add_argument("--rounds", type=int, default=15, help="(%(default)s)")

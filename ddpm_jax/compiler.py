@@ -23,20 +23,22 @@ def compiler_options(platform: str) -> dict[str, str]:
     return dict(_CPU) if platform == "cpu" and jax.__version_info__[:2] in _MEASURED_WITH else {}
 
 
-def use_cores(batch_size: int | None = None) -> None:
-    """Makes every core of a CPU a device, as many as divide ``batch_size`` and at most 8; before JAX touches a device.
+def use_cores(num_images: int, *, even: bool = False) -> None:
+    """Makes cores of a CPU devices, at most 8, and no more than there are images; before JAX touches a device.
 
     XLA spreads a convolution over all cores and runs most of what lies between convolutions on one; with a part of the
     batch on each core all of it is spread. Nothing changes on accelerators, for a process that has peers, where the
     user says how many devices a CPU is (``JAX_NUM_CPU_DEVICES``, ``XLA_FLAGS``), and where they are there already.
+
+    Args:
+        num_images: in a batch.
+        even: as many devices as divide it; otherwise the last one may compute a few images for nothing.
     """
-    said = jax.config.values["jax_num_cpu_devices"] >= 0 or "host_platform_device_count" in os.environ.get(
-        "XLA_FLAGS", ""
-    )
-    if said or jax.distributed.is_initialized():
+    said = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if said or jax.config.values["jax_num_cpu_devices"] >= 0 or jax.distributed.is_initialized():
         return
-    most = min(num_cores(), _MOST_CORES)
-    number = next(n for n in range(most, 0, -1) if batch_size is None or batch_size % n == 0)
+    most = min(num_cores(), _MOST_CORES, num_images)
+    number = next(n for n in range(most, 0, -1) if not even or num_images % n == 0)
     with contextlib.suppress(RuntimeError):  # the devices are there already
         jax.config.update("jax_num_cpu_devices", number)
 

@@ -38,7 +38,7 @@ def define_flags() -> None:
 
 def main(command: str) -> None:
     """The program."""
-    use_cores()
+    use_cores(min(FLAGS.num_images, FLAGS.batch_size))
     {"likelihood": likelihood}[command]()
 
 

@@ -82,7 +82,7 @@ def define_flags() -> None:
 def main(command: str) -> None:
     """The program."""
     _check_flags(command)
-    use_cores()
+    use_cores(len(FLAGS.image or FLAGS.index or ()) or _value(command, "num_images") or 1)
     out = epath.Path(FLAGS.out)
     picture, numbers, summary = _COMMANDS[command](command)
     if jax.process_index() != 0:

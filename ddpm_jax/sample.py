@@ -68,7 +68,7 @@ def define_flags() -> None:
 def main() -> None:
     """The program."""
     _check_flags()
-    use_cores()
+    use_cores(min(FLAGS.num_images, FLAGS.batch_size))
     run = experiment.load(FLAGS.workdir or "", weights=FLAGS.weights, step=FLAGS.step)
     config = _with_overrides(run.config)
     _check_label(config)

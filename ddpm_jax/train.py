@@ -263,7 +263,7 @@ def define_flags() -> None:
 def main() -> None:
     """The program."""
     config, name = program.loaded_config()
-    use_cores(config.train.batch_size // config.train.accumulate)
+    use_cores(config.train.batch_size // config.train.accumulate, even=True)
     if flags.FLAGS.dry_run:
         dry_run(config)
     else:

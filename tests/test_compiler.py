@@ -64,8 +64,9 @@ DEVICES = """
 import sys
 from ddpm_jax import compiler
 compiler.num_cores = lambda: int(sys.argv[1])
-for batch_size in map(int, sys.argv[2:]):
-    compiler.use_cores(batch_size or None)
+even = sys.argv[2] == "even"
+for num_images in map(int, sys.argv[3:]):
+    compiler.use_cores(num_images, even=even)
     import jax
     print(jax.device_count())
 """
@@ -74,14 +75,15 @@ for batch_size in map(int, sys.argv[2:]):
 @pytest.mark.parametrize(
     ("said", "arguments", "found"),
     [
-        ({}, ["2", "64"], ["2"]),
-        ({}, ["6", "64"], ["4"]),
-        ({}, ["6", "7"], ["1"]),
-        ({}, ["6", "0"], ["6"]),
-        ({}, ["64", "0"], ["8"]),
-        ({}, ["2", "7", "64"], ["1", "1"]),  # the devices are there already
-        ({"JAX_NUM_CPU_DEVICES": "3"}, ["2", "64"], ["3"]),
-        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=5"}, ["2", "64"], ["5"]),
+        ({}, ["2", "even", "64"], ["2"]),
+        ({}, ["6", "even", "64"], ["4"]),
+        ({}, ["6", "even", "7"], ["1"]),
+        ({}, ["6", "any", "7"], ["6"]),
+        ({}, ["6", "any", "1"], ["1"]),
+        ({}, ["64", "any", "64"], ["8"]),
+        ({}, ["2", "even", "7", "64"], ["1", "1"]),  # the devices are there already
+        ({"JAX_NUM_CPU_DEVICES": "3"}, ["2", "even", "64"], ["3"]),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=5"}, ["2", "even", "64"], ["5"]),
     ],
 )
 def test_every_core_is_a_device_unless_the_user_said_otherwise(said, arguments, found):

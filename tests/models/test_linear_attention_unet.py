@@ -201,7 +201,7 @@ class Torch:
         return self.conv(x, "shortcut") if self.has("shortcut") else x
 
 
-def beside_torch(module, theirs, width, *arguments):
+def check_beside_torch(module, theirs, width, *arguments):
     x = jax.random.normal(jax.random.key(0), (2, 6, 5, width))
     params = shaken(module.init(jax.random.key(1), x, *arguments)["params"], 0.3)
     expected = theirs(Torch(params), as_torch(x)).permute(0, 2, 3, 1).numpy()
@@ -223,7 +223,7 @@ def test_the_convnext_block_in_torch(width):
         return torch.conv(torch.norm(h, "norm_1", 4), "conv_1") + torch.shortcut(x)
 
     module = ConvNextBlock(24, mult=2, norm=NORM, dropout=0.0, dtype=jnp.float32)
-    beside_torch(module, theirs, width, jnp.asarray(EMBEDDING), False)
+    check_beside_torch(module, theirs, width, jnp.asarray(EMBEDDING), False)
 
 
 @pytest.mark.parametrize("width", [16, 24])
@@ -236,7 +236,7 @@ def test_the_resnet_block_in_torch(width):
         return silu(torch.norm(torch.conv(h, "conv_1"), "norm_1", 4)) + torch.shortcut(x)
 
     module = ResnetBlock(24, norm=NORM, dropout=0.0, dtype=jnp.float32)
-    beside_torch(module, theirs, width, jnp.asarray(EMBEDDING), False)
+    check_beside_torch(module, theirs, width, jnp.asarray(EMBEDDING), False)
 
 
 def heads(torch, x):
@@ -253,7 +253,7 @@ def test_linear_attention_with_its_norms_in_torch():
         h = torch.conv(h.reshape(x.shape[0], 64, *x.shape[2:]), "projection")
         return torch.norm(h, "norm_out", 1) + x
 
-    beside_torch(LinearAttention(2, jnp.float32), theirs, 12)
+    check_beside_torch(LinearAttention(2, jnp.float32), theirs, 12)
 
 
 def test_full_attention_with_its_norm_in_torch():
@@ -262,7 +262,7 @@ def test_full_attention_with_its_norm_in_torch():
         h = torch.f.scaled_dot_product_attention(query, key, value).transpose(2, 3)
         return torch.conv(h.reshape(x.shape[0], 64, *x.shape[2:]), "projection") + x
 
-    beside_torch(FullAttention(2, jnp.float32), theirs, 12)
+    check_beside_torch(FullAttention(2, jnp.float32), theirs, 12)
 
 
 # Dropout, bfloat16, rematerialisation

@@ -8,6 +8,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from ddpm_jax import training
+from ddpm_jax.training import checkpoint
 
 MESH = training.make_mesh(1)
 OPTIMIZER = training.make_optimizer(
@@ -222,3 +223,28 @@ def test_what_was_left_half_written_is_not_a_checkpoint(tmp_path):
         training.save(checkpoints, state_of(5))
         checkpoints.wait_until_finished()
         assert_same(training.restore_latest(checkpoints, ABSTRACT), state_of(5))
+
+
+def test_one_that_another_process_cannot_read_is_passed_over(tmp_path, monkeypatch):
+    write(tmp_path, 3, 7)
+    answers = iter([False, True])
+    monkeypatch.setattr(checkpoint, "_all", lambda here: here and next(answers))
+    with training.open_checkpoints(str(tmp_path)) as checkpoints:
+        with pytest.warns(UserWarning, match="checkpoint 7 is damaged .another process cannot read it"):
+            found = training.restore_latest(checkpoints, ABSTRACT)
+        assert_same(found, state_of(3))
+        assert checkpoints.all_steps() == [3]
+
+
+def test_a_peer_s_silence_is_no_damage(tmp_path, monkeypatch):
+    write(tmp_path, 3, 7)
+    with training.open_checkpoints(str(tmp_path)) as checkpoints:
+
+        def wait(*_, **__):
+            raise TimeoutError("barrier")
+
+        monkeypatch.setattr(checkpoints, "restore", wait)
+        with pytest.raises(TimeoutError):
+            training.restore_latest(checkpoints, ABSTRACT)
+        assert sorted(checkpoints.all_steps()) == [3, 7]
+    assert not (tmp_path / "damaged_checkpoints").exists()
