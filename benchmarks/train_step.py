@@ -35,7 +35,7 @@ from benchmarks import network, timing
 from ddpm_jax import experiment, training
 from ddpm_jax.compiler import compiler_options, num_cores, use_cores
 from ddpm_jax.config import Config
-from ddpm_jax.models.unet import default_num_groups
+from ddpm_jax.models.layers import default_num_groups
 
 OURS = "ddpm_jax"
 PEAK = "matmul"
@@ -132,6 +132,18 @@ def torch_steps(config: Config, num_parameters: int, *, compiled: bool, channels
     return {KINDS[0]: train_step, KINDS[1]: denoise}
 
 
+def torch_flops(config: Config) -> float:
+    """Those of PyTorch's forward pass, as it counts them: ours needs fewer where it doubles the image."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    size, batch = config.data.image_size, config.train.batch_size
+    x_t, t = torch.zeros((batch, config.data.channels, size, size)), torch.zeros(batch, dtype=torch.int64)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        torch_model(config)(x_t, t)
+    return counter.get_total_flops()
+
+
 def torch_contenders(config: Config, num_parameters: int) -> dict[str, dict[str, Any]]:
     """PyTorch's ways to do it on this machine; none, and a line that says why, where they cannot be compared."""
     missing = [name for name in ("torch", "diffusers") if importlib.util.find_spec(name) is None]
@@ -157,16 +169,19 @@ def torch_contenders(config: Config, num_parameters: int) -> dict[str, dict[str,
     }
 
 
-def report(kind: str, timings: dict[str, timing.Timing], flops: float, peak: float, batch: int) -> dict[str, Any]:
+def report(
+    kind: str, timings: dict[str, timing.Timing], flops: dict[str, float], peak: float, batch: int
+) -> dict[str, Any]:
     """Prints the table of one kind of step and returns its numbers."""
-    print(f"\n{kind}, batch {batch}, {flops / 1e9:.1f} GFLOP; matmul peak {peak / 1e9:,.0f} GFLOP/s")
+    counts = ", ".join(f"{name} {count / 1e9:.1f}" for name, count in flops.items())
+    print(f"\n{kind}, batch {batch}; GFLOP: {counts}; matmul peak {peak / 1e9:,.0f} GFLOP/s")
     print(
         f"  {'':24}{'ms, median [quartiles]':>30}{'images/s':>10}  {'theirs / ours':>23}{'ours / theirs':>15}  of peak"
     )
     rows = {}
     for name, time in timings.items():
         ratio = time.over(timings[OURS])
-        share = flops / time.median / peak
+        share = flops[name.split(",")[0]] / time.median / peak
         rows[name] = {
             "median_ms": 1e3 * time.median,
             "quartiles_ms": [1e3 * x for x in time.quartiles],
@@ -192,13 +207,15 @@ def main() -> None:
     steps, forward_flops, num_parameters = our_steps(config)
     print(f"{machine}; {num_parameters:,} parameters, {args.dtype}, {args.rounds} rounds")
     contenders = {OURS: steps} | torch_contenders(config, num_parameters)
+    flops = {OURS: forward_flops} | ({"torch": torch_flops(config)} if len(contenders) > 1 else {})
     matmul = timing.matmul(args.dtype)
     result = {"machine": machine, "flags": vars(args), "parameters": num_parameters}
-    for kind, flops in zip(KINDS, (3 * forward_flops, forward_flops), strict=True):
+    for kind, passes in zip(KINDS, (3, 1), strict=True):
         turns = {name: steps[kind] for name, steps in contenders.items()} | {PEAK: matmul.run}
         timings = timing.alternate(turns, args.rounds, warmup=2)
         peak = matmul.flops / timings.pop(PEAK).median
-        result[kind] = report(kind, timings, flops, peak, args.batch)
+        counts = {name: passes * count for name, count in flops.items()}
+        result[kind] = report(kind, timings, counts, peak, args.batch)
     if args.json:
         with open(args.json, "w") as file:
             json.dump(result, file, indent=2)

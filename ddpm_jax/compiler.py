@@ -7,9 +7,11 @@ import jax
 
 # YNNPACK, to which XLA gives them by default, takes up to three times as long for wide 3x3 convolutions on a CPU as
 # XLA's own code does, and up to four for the gradients of their weights; its matrix products and sums are the faster.
+# The pass removes optimization barriers before XLA fuses loops, so that they would be in vain (models/layers.py).
 # Cores that are devices wait for each other, and by default XLA ends a process in which one of them is 40 s late.
 _CPU = {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE",
+    "xla_disable_hlo_passes": "cse_barrier_expander",
     "xla_cpu_collective_call_terminate_timeout_seconds": "600",
 }
 # An option of experiments, unknown to XLA before and perhaps after; one that it does not know it refuses.

@@ -38,7 +38,7 @@ def make_loss_fn(config: Config, model: models.Network, schedule: diffusion.Sche
         label = None
         if config.model.num_classes:
             label = jnp.where(unlabelled, config.model.num_classes, batch["label"])
-        rngs = {"dropout": dropout_keys[0]}  # Linen draws one mask for the whole batch
+        rngs = {"dropout": dropout_keys[0]}  # one mask for the whole batch
         told = experiment.network_time(model, table, t)
         applied: Any = model.apply({"params": params}, x_t, told, label, train=True, rngs=rngs)
         output, variance_output = diffusion.split_output(applied, x_t)

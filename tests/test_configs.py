@@ -140,6 +140,7 @@ def test_fashion_mnist_is_the_annotated_diffusion_model_over_five_epochs():
         "data.image_size": 28,
         "data.random_flip": True,
         "model.kind": "linear_attention_unet",
+        "model.num_classes": 10,
         "diffusion.num_timesteps": 200,
         "diffusion.scale_betas": True,
         "diffusion.loss": "huber",

@@ -10,7 +10,7 @@ import numpy as np
 
 from ddpm_jax import models
 from ddpm_jax.interop.errors import InteropError
-from ddpm_jax.models.unet import default_num_groups
+from ddpm_jax.models.layers import default_num_groups
 
 # UNet2DModel's own defaults, for what a config.json leaves out.
 _DEFAULTS: dict[str, Any] = {

@@ -6,9 +6,10 @@ imports ``flax.linen``.
 
 from flax.linen import Module as Network
 
+from ddpm_jax.models.layers import REMATS
 from ddpm_jax.models.linear_attention_unet import LinearAttentionUNet
 from ddpm_jax.models.residual_unet import ResidualUNet
-from ddpm_jax.models.unet import ATTENTIONS, REMATS, UNet, check_attention
+from ddpm_jax.models.unet import ATTENTIONS, UNet, check_attention
 
 # model.kind -> module. Its fields are the settings of the config that it takes.
 NETWORKS: dict[str, type[Network]] = {

@@ -9,12 +9,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ddpm_jax.models.unet import (
-    NORM_EPSILON,
+from ddpm_jax.models.layers import (
+    Dropout,
+    GroupNorm,
+    UpsampleConv,
     check_inputs,
     conv,
     default_init,
     default_num_groups,
+    stored_gradient,
     timestep_embedding,
     with_remat,
     zero_init,
@@ -102,8 +105,7 @@ class LinearAttentionUNet(nn.Module):
                 h = block(width, name=f"up_{level}_block_{i}")(h, embedding, train)
             h = attend(name=f"up_{level}_attention")(h)
             if level > 0:
-                h = h.repeat(2, axis=1).repeat(2, axis=2)  # nearest neighbour
-                h = conv(width, dtype=self.dtype, name=f"up_{level}_upsample")(h)
+                h = UpsampleConv(width, dtype=self.dtype, name=f"up_{level}_upsample")(h)
 
         return nn.Dense(self.out_channels, kernel_init=zero_init, dtype=jnp.float32, name="conv_out")(h)
 
@@ -112,7 +114,7 @@ class LinearAttentionUNet(nn.Module):
         num_groups = self.num_groups or default_num_groups(self.base_channels)
         if self.base_channels % num_groups:
             raise ValueError(f"model.num_groups={num_groups}: must divide model.base_channels={self.base_channels}")
-        norm = functools.partial(nn.GroupNorm, num_groups, epsilon=NORM_EPSILON, dtype=self.dtype)
+        norm = functools.partial(GroupNorm, num_groups, dtype=self.dtype)
         common = {"norm": norm, "dropout": self.dropout, "dtype": self.dtype}
         kinds = {"convnext": (ConvNextBlock, {"mult": self.convnext_mult}), "resnet": (ResnetBlock, {})}
         if self.block not in kinds:
@@ -157,9 +159,9 @@ class ConvNextBlock(nn.Module):
         h = self.norm(name="norm_0")(h)
         h = gelu(conv(self.mult * self.channels, dtype=self.dtype, name="conv_0")(h))
         h = self.norm(name="norm_1")(h)
-        h = nn.Dropout(self.dropout, deterministic=not train)(h)
+        h = Dropout(self.dropout)(h, train)
         h = conv(self.channels, dtype=self.dtype, name="conv_1")(h)
-        return _shortcut(x, self.channels, self.dtype) + h
+        return stored_gradient(_shortcut(x, self.channels, self.dtype) + h)
 
 
 class ResnetBlock(nn.Module):
@@ -180,10 +182,10 @@ class ResnetBlock(nn.Module):
         scale, shift = jnp.split(time[:, None, None, :], 2, axis=-1)
         h = conv(self.channels, dtype=self.dtype, name="conv_0")(x)
         h = self.norm(name="norm_0")(h) * (scale + 1) + shift
-        h = nn.Dropout(self.dropout, deterministic=not train)(nn.silu(h))
+        h = Dropout(self.dropout)(nn.silu(h), train)
         h = conv(self.channels, dtype=self.dtype, name="conv_1")(h)
         h = nn.silu(self.norm(name="norm_1")(h))
-        return _shortcut(x, self.channels, self.dtype) + h
+        return stored_gradient(_shortcut(x, self.channels, self.dtype) + h)
 
 
 class LinearAttention(nn.Module):
@@ -198,7 +200,7 @@ class LinearAttention(nn.Module):
         query, key, value = _heads(_one_group_norm(self.dtype, "norm")(x), self.num_heads, self.dtype)
         h = linear_attention(query, key, value).astype(self.dtype).reshape(*x.shape[:3], -1)
         h = _dense(x.shape[-1], self.dtype, "projection")(h)
-        return x + _one_group_norm(self.dtype, "norm_out", zero_init)(h)
+        return stored_gradient(x + _one_group_norm(self.dtype, "norm_out", zero_init)(h))
 
 
 class FullAttention(nn.Module):
@@ -213,7 +215,8 @@ class FullAttention(nn.Module):
         query, key, value = _heads(_one_group_norm(self.dtype, "norm")(x), self.num_heads, self.dtype)
         # Logits and softmax are float32 inside, whatever the dtype of the operands.
         h = jax.nn.dot_product_attention(query, key, value).reshape(*x.shape[:3], -1)
-        return x + nn.Dense(x.shape[-1], kernel_init=zero_init, dtype=self.dtype, name="projection")(h)
+        h = nn.Dense(x.shape[-1], kernel_init=zero_init, dtype=self.dtype, name="projection")(h)
+        return stored_gradient(x + h)
 
 
 def linear_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
@@ -254,5 +257,5 @@ def _dense(channels: int, dtype: Any, name: str) -> nn.Dense:
     return nn.Dense(channels, kernel_init=default_init, dtype=dtype, name=name)
 
 
-def _one_group_norm(dtype: Any, name: str, scale_init: Any = nn.initializers.ones_init()) -> nn.GroupNorm:  # noqa: B008
-    return nn.GroupNorm(1, epsilon=NORM_EPSILON, scale_init=scale_init, dtype=dtype, name=name)
+def _one_group_norm(dtype: Any, name: str, scale_init: Any = nn.initializers.ones_init()) -> GroupNorm:  # noqa: B008
+    return GroupNorm(1, scale_init=scale_init, dtype=dtype, name=name)

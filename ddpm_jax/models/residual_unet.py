@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ddpm_jax.models.unet import (
-    NORM_EPSILON,
+from ddpm_jax.models.layers import (
+    GroupNorm,
     check_inputs,
     conv,
     default_init,
     default_num_groups,
+    stored_gradient,
     with_remat,
     zero_init,
 )
@@ -127,14 +128,12 @@ class ResidualBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B H W C] -> [B H W channels]."""
-        norm = nn.GroupNorm(
-            self.num_groups, epsilon=NORM_EPSILON, use_scale=False, use_bias=False, dtype=self.dtype, name="norm"
-        )
+        norm = GroupNorm(self.num_groups, affine=False, dtype=self.dtype, name="norm")
         h = nn.silu(conv(self.channels, dtype=self.dtype, name="conv_0")(norm(x)))
         h = conv(self.channels, dtype=self.dtype, name="conv_1")(h)
         if x.shape[-1] != self.channels:
             x = nn.Dense(self.channels, kernel_init=default_init, dtype=self.dtype, name="shortcut")(x)
-        return x + h
+        return stored_gradient(x + h)
 
 
 def noise_embedding(noise_level: jax.Array, dim: int) -> jax.Array:

@@ -1,7 +1,6 @@
 """The U-Net of Ho et al. 2020 (appendix B): residual blocks, attention, skips, time and class embedding."""
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,13 +8,22 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-NORM_EPSILON = 1e-6  # as Ho et al.
-REMATS = ("none", "blocks", "dots")
-ATTENTIONS = ("xla", "cudnn")
+from ddpm_jax.models.layers import (
+    NORM_EPSILON,
+    Dropout,
+    GroupNorm,
+    UpsampleConv,
+    check_inputs,
+    conv,
+    default_init,
+    default_num_groups,
+    stored_gradient,
+    timestep_embedding,
+    with_remat,
+    zero_init,
+)
 
-# Glorot uniform, as Ho et al.; what ends a residual branch starts at zero, so that the network starts as a short one.
-default_init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
-zero_init = nn.initializers.zeros_init()
+ATTENTIONS = ("xla", "cudnn")
 
 
 class UNet(nn.Module):
@@ -85,7 +93,7 @@ class UNet(nn.Module):
         """
         self._check(x_t, label)
         num_groups = self.num_groups or default_num_groups(self.base_channels)
-        norm = functools.partial(nn.GroupNorm, num_groups=num_groups, epsilon=self.norm_epsilon)
+        norm = functools.partial(GroupNorm, num_groups=num_groups, epsilon=self.norm_epsilon)
         block, attend = self._blocks(norm)
         embedding = self._embed(t, label)
         attending_up = self.up_attention_resolutions
@@ -119,8 +127,7 @@ class UNet(nn.Module):
                 if h.shape[1] in attending_up:
                     h = attend(name=f"up_{level}_attention_{i}")(h)
             if level > 0:
-                h = h.repeat(2, axis=1).repeat(2, axis=2)  # nearest neighbour
-                h = conv(h.shape[-1], dtype=self.dtype, name=f"up_{level}_upsample")(h)
+                h = UpsampleConv(h.shape[-1], dtype=self.dtype, name=f"up_{level}_upsample")(h)
 
         # Few channels, so float32 is nearly free here, and the output keeps more than bfloat16's eight bits.
         h = nn.silu(norm(dtype=jnp.float32, name="norm_out")(h))
@@ -199,11 +206,11 @@ class ResBlock(nn.Module):
             h = self.norm(dtype=self.dtype, name="norm_1")(h) * (1 + scale) + shift
         else:
             h = self.norm(dtype=self.dtype, name="norm_1")(h + time)
-        h = nn.Dropout(self.dropout, deterministic=not train)(nn.silu(h))
+        h = Dropout(self.dropout)(nn.silu(h), train)
         h = conv(self.channels, kernel_init=zero_init, dtype=self.dtype, name="conv_1")(h)
         if x.shape[-1] != self.channels:
             x = nn.Dense(self.channels, kernel_init=default_init, dtype=self.dtype, name="shortcut")(x)
-        return x + h
+        return stored_gradient(x + h)
 
 
 class AttentionBlock(nn.Module):
@@ -228,71 +235,7 @@ class AttentionBlock(nn.Module):
         # Logits and softmax are float32 inside, whatever the dtype of the operands.
         h = jax.nn.dot_product_attention(query, key, value, implementation=self.implementation)
         h = dense(kernel_init=zero_init, name="projection")(h.reshape(batch, -1, channels))
-        return x + h.reshape(x.shape)
-
-
-def timestep_embedding(t: jax.Array, dim: int, *, cosine_first: bool = False, freq_shift: float = 1.0) -> jax.Array:
-    """sin(t w) then cos(t w), w_i = 10000^(-i / (dim // 2 - freq_shift)), float32 [B dim]; an odd dim ends in a zero.
-
-    The defaults are the convention of Ho et al.'s code and of the checkpoints made with it; Vaswani et al. 2017
-    interleave the two and shift by 0.
-
-    Args:
-        t: int32 or float32 [B], in units of timesteps.
-        dim: at least 4.
-        cosine_first: cos(t w) then sin(t w).
-        freq_shift: 1 makes the slowest frequency 1 / 10000, 0 ends one step before it.
-    """
-    half = dim // 2
-    exponents = -math.log(10000.0) / (half - freq_shift) * jnp.arange(half)
-    angles = t.astype(jnp.float32)[:, None] * jnp.exp(exponents)
-    parts = [jnp.cos(angles), jnp.sin(angles)] if cosine_first else [jnp.sin(angles), jnp.cos(angles)]
-    return jnp.pad(jnp.concatenate(parts, axis=-1), ((0, 0), (0, dim % 2)))
-
-
-def default_num_groups(base_channels: int) -> int:
-    """32 as Ho et al., or fewer in a narrow network, so that a group of the first level has at least four channels.
-
-    A group of one would subtract again the shift by which a block is told the time and the class.
-    """
-    return max(n for n in range(1, max(1, min(32, base_channels // 4)) + 1) if base_channels % n == 0)
-
-
-def conv(
-    channels: int,
-    *,
-    strides: int = 1,
-    padding: int = 1,
-    kernel_init: Any = default_init,
-    dtype: Any,
-    name: str,
-) -> nn.Conv:
-    """3x3, padded by ``padding`` at the top and on the left, and by 1 at the bottom and on the right.
-
-    padding=0 belongs to strides=2, where it is TensorFlow's SAME on an even size.
-    """
-    return nn.Conv(
-        channels,
-        (3, 3),
-        strides,
-        padding=((padding, 1), (padding, 1)),
-        kernel_init=kernel_init,
-        dtype=dtype,
-        name=name,
-    )
-
-
-def check_inputs(x_t: jax.Array, label: jax.Array | None, channel_mults: Sequence[int], num_classes: int) -> None:
-    """Refuses an image that cannot be halved for each level but the last, and a label where there are no classes."""
-    halvings = len(channel_mults) - 1
-    factor = 2**halvings
-    if x_t.shape[1] % factor or x_t.shape[2] % factor:
-        raise ValueError(
-            f"data.image_size: {x_t.shape[1]}x{x_t.shape[2]} must be divisible by {factor}, since "
-            f"model.channel_mults={tuple(channel_mults)} halves the image {halvings} times"
-        )
-    if label is not None and not num_classes:
-        raise ValueError("model.num_classes=0: this network takes no label; set num_classes to train with labels")
+        return stored_gradient(x + h.reshape(x.shape))
 
 
 def check_attention(implementation: str, head_widths: Sequence[int], dtype: Any, device: jax.Device) -> None:
@@ -314,18 +257,3 @@ def check_attention(implementation: str, head_widths: Sequence[int], dtype: Any,
         )
     if problem:
         raise ValueError(f"model.attention='cudnn': {problem}; use 'xla'")
-
-
-def with_remat(block: Any, remat: str, static_argnums: tuple[int, ...] = ()) -> Any:
-    """The module class ``block``, rematerialised as ``remat`` says; ``static_argnums`` count from self, 0."""
-    if remat not in REMATS:
-        raise ValueError(f"train.remat={remat!r}: choose one of {', '.join(REMATS)}")
-    if remat == "none":
-        return block
-    policy = None if remat == "blocks" else _save_dots
-    return nn.remat(block, static_argnums=static_argnums, policy=policy)
-
-
-def _save_dots(primitive: Any, *_: Any, **__: Any) -> bool:
-    # jax.checkpoint_policies.dots_saveable knows matrix products only, and here nearly all the work is convolutions.
-    return primitive.name in ("conv_general_dilated", "dot_general")

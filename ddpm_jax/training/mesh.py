@@ -39,7 +39,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
         raise ValueError(
             f"mesh.data={data}, mesh.fsdp={fsdp}: leaves process {min(idle)} without a device; use all, data = -1"
         )
-    axis_types = (AxisType.Auto,) * 2  # with Explicit axes, the default, Linen's Dropout fails
+    axis_types = (AxisType.Auto,) * 2  # Explicit, the default, wants the sharding of every gradient
     if len({_slice_of(x) for x in chosen}) == 1:
         return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types, devices=chosen)
     return Mesh(across_slices(data, fsdp, chosen), ("data", "fsdp"), axis_types=axis_types)

@@ -4,7 +4,6 @@ import math
 from types import SimpleNamespace
 
 import flax
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +11,8 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from ddpm_jax.models import UNet, check_attention
-from ddpm_jax.models.unet import AttentionBlock, ResBlock, conv, default_num_groups, timestep_embedding
+from ddpm_jax.models.layers import GroupNorm
+from ddpm_jax.models.unet import AttentionBlock, ResBlock
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -23,7 +23,7 @@ TINY = {
     "num_res_blocks": 1,
     "attention_resolutions": (),
 }
-NORM = functools.partial(nn.GroupNorm, num_groups=8, epsilon=1e-6)
+NORM = functools.partial(GroupNorm, num_groups=8)
 ONE_LEVEL = TINY | {"channel_mults": (1,)}  # where the levels do not matter: half as long to compile
 SHAPE = (2, 8, 8, 3)
 
@@ -65,6 +65,11 @@ def equations(jaxpr):
         yield equation
         for sub in jaxprs_in_params(equation.params):
             yield from equations(sub)
+
+
+def is_of_a_norm(equation):
+    """One of the small products that take channels to groups and back: they alone ask for a precision."""
+    return equation.primitive.name == "dot_general" and equation.params["precision"] is not None
 
 
 # The shape of the network
@@ -122,32 +127,6 @@ def test_what_starts_at_zero():
     assert all((x == name.endswith("scale")).all() for name, x in others.items())  # norms are the identity, biases 0
 
 
-def test_kernels_start_glorot_uniform():
-    kernel = conv(64, dtype=jnp.float32, name="c").init(jax.random.key(0), jnp.zeros((1, 4, 4, 32)))["params"]["kernel"]
-    bound = math.sqrt(6 / (9 * 32 + 9 * 64))
-    assert 0.999 * bound < jnp.abs(kernel).max() <= bound
-    np.testing.assert_allclose(kernel.std(), bound / math.sqrt(3), rtol=0.02)
-
-
-def test_the_padding_of_a_strided_convolution_lies_at_the_bottom_and_on_the_right():
-    x = jnp.arange(1.0, 65.0).reshape(1, 8, 8, 1)
-    down = conv(1, strides=2, padding=0, dtype=jnp.float32, name="down")
-    for row, column in np.ndindex(3, 3):
-        kernel = np.zeros((3, 3, 1, 1), np.float32)
-        kernel[row, column] = 1
-        found = down.apply({"params": {"kernel": kernel, "bias": np.zeros(1)}}, x)
-        expected = np.pad(x[0, :, :, 0], ((0, 2), (0, 2)))[row : row + 8 : 2, column : column + 8 : 2]
-        np.testing.assert_array_equal(found[0, :, :, 0], expected)
-
-
-@pytest.mark.parametrize(
-    ("base_channels", "groups"), [(128, 32), (160, 32), (64, 16), (32, 8), (8, 2), (4, 1), (6, 1), (30, 6)]
-)
-def test_groups_of_at_least_four_channels(base_channels, groups):
-    """A group of one channel would take the time and the class away, which a block adds to every pixel alike."""
-    assert default_num_groups(base_channels) == groups
-
-
 def test_group_norm_against_float64():
     """Of the network's last norm, which silu and the last convolution follow."""
     model, params = initialised(**ONE_LEVEL)
@@ -172,25 +151,6 @@ def test_width_of_a_head_must_divide_the_channels():
 
 
 # Time and class
-
-
-@pytest.mark.parametrize("dim", [4, 8, 9, 128])
-def test_timestep_embedding_against_float64(dim):
-    t = np.array([0, 1, 2, 499, 500, 999])
-    half = dim // 2
-    angles = t[:, None] * 10000.0 ** (-np.arange(half) / (half - 1))
-    expected = np.concatenate([np.sin(angles), np.cos(angles), np.zeros((6, dim % 2))], axis=1)
-    found = timestep_embedding(jnp.asarray(t), dim)
-    assert found.dtype == jnp.float32
-    np.testing.assert_allclose(found, expected, atol=2e-4)
-    np.testing.assert_allclose(found[1, [0, half - 1, half]], [math.sin(1), 1e-4, math.cos(1)], rtol=1e-4)
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_every_timestep_is_another_to_the_network(dtype):  # bfloat16 holds 507 of the first 1000 integers
-    embeddings = np.asarray(timestep_embedding(jnp.arange(1000), 128).astype(dtype).astype(jnp.float32))
-    distances = np.linalg.norm(embeddings[1:] - embeddings[:-1], axis=1)
-    assert distances.min() > 0.5
 
 
 def test_time_and_label_of_each_example():
@@ -264,7 +224,7 @@ def test_bfloat16_is_for_products_and_float32_for_statistics():
     jaxpr = jax.make_jaxpr(model.apply)({"params": shapes_of(model)}, *inputs())
     seen = {}
     for equation in equations(jaxpr.jaxpr):
-        if equation.invars:
+        if equation.invars and not is_of_a_norm(equation):
             seen.setdefault(equation.primitive.name, set()).add(str(equation.invars[0].aval.dtype))
     assert seen["dot_general"] == {"bfloat16"}
     assert seen["conv_general_dilated"] == {"bfloat16", "float32"}
@@ -361,7 +321,8 @@ def test_remat_changes_neither_loss_nor_gradient(remat):
 def test_remat_computes_again_what_it_says():
     def counts(remat):
         f, params = gradient(remat)
-        names = [equation.primitive.name for equation in equations(jax.make_jaxpr(f)(params).jaxpr)]
+        found = [equation for equation in equations(jax.make_jaxpr(f)(params).jaxpr) if not is_of_a_norm(equation)]
+        names = [equation.primitive.name for equation in found]
         return {name: names.count(name) for name in ("conv_general_dilated", "dot_general", "logistic")}
 
     none, blocks, dots = (counts(remat) for remat in ("none", "blocks", "dots"))

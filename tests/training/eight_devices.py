@@ -83,6 +83,8 @@ def run(data, fsdp, accumulate=1):
     cut = [x for x in jax.tree.leaves(abstract.params) if not x.sharding.is_fully_replicated]
     found["cut_gradients"] = bytes_of(cut, lambda x: x.shape)
     found["cut_arrays"] = len(cut)
+    folded = [x for path, x in jax.tree.leaves_with_path(abstract.params) if "upsample" in str(path) and x.ndim == 4]
+    found["unfolded"] = bytes_of(folded, lambda x: x.shape) * 7 // 9
     found["gradients"] = bytes_of(abstract.params, lambda x: x.shape)
     images = jax.ShapeDtypeStruct((BATCH, 8, 8, 1), np.uint8, sharding=spread)
     found["sent"] = sent(step.lower(state, {"image": images}, jax.random.key(1)).compile(), mesh)

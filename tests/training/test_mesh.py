@@ -186,7 +186,9 @@ def test_gradients_are_reduced_once_a_step_and_never_inside_a_loop(eight, mesh):
     # What fsdp = 2 cuts is reduced over two devices, and then a half of it over four. The loss and its sums are small,
     # and the norm of a gradient that is cut is a number an array.
     small = 200 + 4 * run["cut_arrays"]
-    assert 0 <= sent["all-reduce"] + 2 * sent["reduce-scatter"] - run["gradients"] <= cut / 2 + small
+    # An UpsampleConv multiplies by 16 sums of its 9 weights: jit reduces the gradient of those, shard_map of these.
+    gradients = run["gradients"] + (run["unfolded"] if " in " not in mesh else 0)
+    assert 0 <= sent["all-reduce"] + 2 * sent["reduce-scatter"] - gradients <= cut / 2 + small
 
 
 @pytest.mark.slow

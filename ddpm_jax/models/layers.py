@@ -1,0 +1,217 @@
+"""What the networks are built of."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+NORM_EPSILON = 1e-6  # as Ho et al.
+REMATS = ("none", "blocks", "dots")
+
+# Glorot uniform, as Ho et al.; what ends a residual branch starts at zero, so that the network starts as a short one.
+default_init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
+zero_init = nn.initializers.zeros_init()
+
+
+class UpsampleConv(nn.Module):
+    """Nearest neighbours to twice the height and width, then a 3x3 convolution padded by 1, in 4/9 of its products.
+
+    A pixel becomes 2x2 equal ones, so that an output sees 2x2 pixels of the small image, some of them through two or
+    four of the nine weights. With those added up first, the four outputs of a pixel are four 2x2 convolutions of the
+    small image. The parameters are those of the 3x3 convolution, and the result is its own up to rounding.
+    """
+
+    channels: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B H W C] -> [B 2H 2W channels]."""
+        batch, height, width, _ = x.shape
+        kernel = self.param("kernel", default_init, (3, 3, x.shape[-1], self.channels))
+        bias = self.param("bias", zero_init, (self.channels,))
+
+        def outputs(kernel: jax.Array, down: int, right: int) -> jax.Array:
+            return lax.conv_general_dilated(
+                x.astype(self.dtype),
+                kernel.astype(self.dtype),
+                window_strides=(1, 1),
+                padding=((1 - down, down), (1 - right, right)),
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+
+        rows = [[outputs(_folded(_folded(kernel, i, 0), j, 1), i, j) for j in (0, 1)] for i in (0, 1)]
+        h = jnp.stack([jnp.stack(row, axis=3) for row in rows], axis=2)  # [B H 2 W 2 channels]
+        return h.reshape(batch, 2 * height, 2 * width, self.channels) + bias.astype(self.dtype)
+
+
+def _folded(kernel: jax.Array, second: int, axis: int) -> jax.Array:
+    """Three weights as the two that meet the small image: of the first of two equal pixels, or of the second."""
+    before, middle, after = jnp.split(kernel, 3, axis)
+    return jnp.concatenate([before + middle, after] if second else [before, middle + after], axis)
+
+
+class GroupNorm(nn.Module):
+    """(x - mean) / sqrt(variance + epsilon) * scale + bias, over the pixels and the channels of a group (1803.08494).
+
+    The parameters and statistics of ``nn.GroupNorm``, in the order that XLA's code for a CPU does in half the time:
+    sums over the pixels, channel by channel; channels to groups and back by tiny matrix products; x times one number a
+    channel plus another. Groups within a loop over the pixels keep it from running along the channels.
+
+    Statistics are float32, and the output is of ``dtype``.
+    """
+
+    num_groups: int
+    epsilon: float = NORM_EPSILON
+    affine: bool = True  # scale and bias
+    scale_init: Any = nn.initializers.ones_init()
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B H W C], C divisible by ``num_groups``."""
+        channels = x.shape[-1]
+        if channels % self.num_groups:
+            raise ValueError(f"{self.num_groups} groups: they must divide the {channels} channels")
+        x = x.astype(jnp.float32)
+        moments = jnp.stack([x.mean((1, 2)), jnp.square(x).mean((1, 2))])  # [2 B C]
+        members = _members(channels, self.num_groups)
+        moments = jnp.einsum("mbc,gc->mbg", moments, members, precision=lax.Precision.HIGHEST)
+        moments /= channels // self.num_groups
+        mean, square = jnp.einsum("mbg,gc->mbc", moments, members, precision=lax.Precision.HIGHEST)
+        scale = lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0) + self.epsilon)
+        if self.affine:
+            scale *= self.param("scale", self.scale_init, (channels,))
+        shift = -mean * scale
+        if self.affine:
+            shift += self.param("bias", zero_init, (channels,))
+        return (x * scale[:, None, None] + shift[:, None, None]).astype(self.dtype)
+
+
+@functools.cache
+def _members(channels: int, num_groups: int) -> np.ndarray:
+    """float32 [G C]: whether a channel belongs to a group."""
+    return np.kron(np.eye(num_groups), np.ones((1, channels // num_groups))).astype(np.float32)
+
+
+class Dropout(nn.Module):
+    """Zeroes each value with the probability ``rate``, rounded to 2^-16, and divides the others by one minus it.
+
+    As ``nn.Dropout`` with half its random numbers: the upper half of an image takes the lower 16 bits of them and the
+    lower half the upper 16.
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """[B H W C] -> [B H W C]; x itself unless ``train``, which needs an rng named "dropout"."""
+        threshold = min(round(self.rate * 2**16), 2**16 - 1)
+        if not train or not threshold:
+            return x
+        batch, height, *rest = x.shape
+        bits = jax.random.bits(self.make_rng("dropout"), (batch, (height + 1) // 2, *rest), jnp.uint32)
+        bits = jnp.concatenate([bits & 0xFFFF, bits >> 16], axis=1)[:, :height]
+        return jnp.where(bits >= threshold, x / (1 - threshold / 2**16), 0)
+
+
+@jax.custom_jvp
+def stored_gradient(x: jax.Array) -> jax.Array:
+    """x; on a CPU its gradient is stored before it is used.
+
+    A convolution that made x wants it twice, and the gradient of its bias again. Each time XLA for a CPU would compute
+    it anew from whatever came back through the layers above, once in the order of the channels, which is slow.
+    """
+    return x
+
+
+@stored_gradient.defjvp
+def _stored_gradient_jvp(x: tuple[jax.Array], tangent: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    # Transposed, a barrier for the tangent is one for the gradient.
+    stored = lax.platform_dependent(*tangent, cpu=lax.optimization_barrier, default=lambda tangent: tangent)
+    return *x, stored
+
+
+def timestep_embedding(t: jax.Array, dim: int, *, cosine_first: bool = False, freq_shift: float = 1.0) -> jax.Array:
+    """sin(t w) then cos(t w), w_i = 10000^(-i / (dim // 2 - freq_shift)), float32 [B dim]; an odd dim ends in a zero.
+
+    The defaults are the convention of Ho et al.'s code and of the checkpoints made with it; Vaswani et al. 2017
+    interleave the two and shift by 0.
+
+    Args:
+        t: int32 or float32 [B], in units of timesteps.
+        dim: at least 4.
+        cosine_first: cos(t w) then sin(t w).
+        freq_shift: 1 makes the slowest frequency 1 / 10000, 0 ends one step before it.
+    """
+    half = dim // 2
+    exponents = -math.log(10000.0) / (half - freq_shift) * jnp.arange(half)
+    angles = t.astype(jnp.float32)[:, None] * jnp.exp(exponents)
+    parts = [jnp.cos(angles), jnp.sin(angles)] if cosine_first else [jnp.sin(angles), jnp.cos(angles)]
+    return jnp.pad(jnp.concatenate(parts, axis=-1), ((0, 0), (0, dim % 2)))
+
+
+def default_num_groups(base_channels: int) -> int:
+    """32 as Ho et al., or fewer in a narrow network, so that a group of the first level has at least four channels.
+
+    A group of one would subtract again the shift by which a block is told the time and the class.
+    """
+    return max(n for n in range(1, max(1, min(32, base_channels // 4)) + 1) if base_channels % n == 0)
+
+
+def conv(
+    channels: int,
+    *,
+    strides: int = 1,
+    padding: int = 1,
+    kernel_init: Any = default_init,
+    dtype: Any,
+    name: str,
+) -> nn.Conv:
+    """3x3, padded by ``padding`` at the top and on the left, and by 1 at the bottom and on the right.
+
+    padding=0 belongs to strides=2, where it is TensorFlow's SAME on an even size.
+    """
+    return nn.Conv(
+        channels,
+        (3, 3),
+        strides,
+        padding=((padding, 1), (padding, 1)),
+        kernel_init=kernel_init,
+        dtype=dtype,
+        name=name,
+    )
+
+
+def check_inputs(x_t: jax.Array, label: jax.Array | None, channel_mults: Sequence[int], num_classes: int) -> None:
+    """Refuses an image that cannot be halved for each level but the last, and a label where there are no classes."""
+    halvings = len(channel_mults) - 1
+    factor = 2**halvings
+    if x_t.shape[1] % factor or x_t.shape[2] % factor:
+        raise ValueError(
+            f"data.image_size: {x_t.shape[1]}x{x_t.shape[2]} must be divisible by {factor}, since "
+            f"model.channel_mults={tuple(channel_mults)} halves the image {halvings} times"
+        )
+    if label is not None and not num_classes:
+        raise ValueError("model.num_classes=0: this network takes no label; set num_classes to train with labels")
+
+
+def with_remat(block: Any, remat: str, static_argnums: tuple[int, ...] = ()) -> Any:
+    """The module class ``block``, rematerialised as ``remat`` says; ``static_argnums`` count from self, 0."""
+    if remat not in REMATS:
+        raise ValueError(f"train.remat={remat!r}: choose one of {', '.join(REMATS)}")
+    if remat == "none":
+        return block
+    policy = None if remat == "blocks" else _save_dots
+    return nn.remat(block, static_argnums=static_argnums, policy=policy)
+
+
+def _save_dots(primitive: Any, *_: Any, **__: Any) -> bool:
+    # jax.checkpoint_policies.dots_saveable knows matrix products only, and here nearly all the work is convolutions.
+    return primitive.name in ("conv_general_dilated", "dot_general")

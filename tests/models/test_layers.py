@@ -1,0 +1,265 @@
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax.compiler import compiler_options
+from ddpm_jax.models.layers import (
+    Dropout,
+    GroupNorm,
+    UpsampleConv,
+    conv,
+    default_num_groups,
+    stored_gradient,
+    timestep_embedding,
+)
+
+# Convolutions
+
+
+def test_kernels_start_glorot_uniform():
+    kernel = conv(64, dtype=jnp.float32, name="c").init(jax.random.key(0), jnp.zeros((1, 4, 4, 32)))["params"]["kernel"]
+    bound = math.sqrt(6 / (9 * 32 + 9 * 64))
+    assert 0.999 * bound < jnp.abs(kernel).max() <= bound
+    np.testing.assert_allclose(kernel.std(), bound / math.sqrt(3), rtol=0.02)
+
+
+def test_the_padding_of_a_strided_convolution_lies_at_the_bottom_and_on_the_right():
+    x = jnp.arange(1.0, 65.0).reshape(1, 8, 8, 1)
+    down = conv(1, strides=2, padding=0, dtype=jnp.float32, name="down")
+    for row, column in np.ndindex(3, 3):
+        kernel = np.zeros((3, 3, 1, 1), np.float32)
+        kernel[row, column] = 1
+        found = down.apply({"params": {"kernel": kernel, "bias": np.zeros(1)}}, x)
+        expected = np.pad(x[0, :, :, 0], ((0, 2), (0, 2)))[row : row + 8 : 2, column : column + 8 : 2]
+        np.testing.assert_array_equal(found[0, :, :, 0], expected)
+
+
+def nearest_then_3x3(params, x):
+    """In float64: each pixel four times, a border of zeros, nine shifted products."""
+    x, kernel = np.asarray(x, np.float64), np.asarray(params["kernel"], np.float64)
+    large = np.pad(np.kron(x, np.ones((1, 2, 2, 1))), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    height, width = 2 * x.shape[1], 2 * x.shape[2]
+    shifted = (large[:, i : i + height, j : j + width] @ kernel[i, j] for i, j in np.ndindex(3, 3))
+    return sum(shifted) + np.asarray(params["bias"], np.float64)
+
+
+def random_params(module, x):
+    shapes = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
+    rng = np.random.default_rng(3)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), shapes)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 4, 5), (1, 3, 5, 2), (2, 1, 1, 3)])
+def test_upsample_conv_is_a_3x3_convolution_of_the_nearest_neighbours(shape):
+    module, x = UpsampleConv(7, jnp.float32), jax.random.normal(jax.random.key(1), shape)
+    params = random_params(module, x)
+    found = jax.jit(module.apply)({"params": params}, x)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, nearest_then_3x3(params, x), atol=2e-5)
+
+
+def test_upsample_conv_has_the_gradient_of_a_3x3_convolution_of_the_nearest_neighbours():
+    module, x = UpsampleConv(3, jnp.float32), jax.random.normal(jax.random.key(1), (2, 4, 6, 5))
+    params, plain = random_params(module, x), nn.Conv(3, (3, 3))
+
+    def two_steps(variables, x):
+        return plain.apply(variables, jax.image.resize(x, (2, 8, 12, 5), "nearest"))
+
+    def gradient(apply):
+        return jax.jit(jax.grad(lambda params, x: jnp.sum(jnp.sin(apply({"params": params}, x))), (0, 1)))(params, x)
+
+    found, expected = gradient(module.apply), gradient(two_steps)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), found, expected)
+
+
+def test_upsample_conv_has_the_parameters_of_a_3x3_convolution():
+    module, x = UpsampleConv(64, jnp.float32), jnp.zeros((1, 4, 4, 32))
+    params, plain = (m.init(jax.random.key(0), x)["params"] for m in (module, conv(64, dtype=jnp.float32, name="c")))
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, plain)
+    np.testing.assert_allclose(params["kernel"].std(), plain["kernel"].std(), rtol=0.02)
+    assert not params["bias"].any()
+
+
+def test_upsample_conv_multiplies_four_ninths_as_often():
+    module, x = UpsampleConv(64, jnp.float32), jnp.zeros((1, 32, 32, 64))
+    flops = jax.jit(module.apply).lower({"params": random_params(module, x)}, x).cost_analysis()["flops"]
+    assert flops < 0.46 * 2 * 9 * 64 * 64 * 64**2
+
+
+def test_upsample_conv_in_bfloat16_adds_its_weights_in_float32():
+    small = 2.0**-8  # 1 + small is no bfloat16
+    kernel = jnp.zeros((3, 3, 1, 1)).at[1, 1].set(1 + small).at[2, 1].set(-1)
+    variables = {"params": {"kernel": kernel, "bias": jnp.zeros(1)}}
+    found = UpsampleConv(1, jnp.bfloat16).apply(variables, jnp.ones((1, 1, 1, 1), jnp.bfloat16))
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found[0, :, :, 0].astype(jnp.float32), [[small, small], [1, 1]])
+
+
+# Group norms
+
+
+@pytest.mark.parametrize("num_groups", [1, 4, 12])
+@pytest.mark.parametrize("offset", [0.0, 3.0])
+def test_group_norm_and_its_gradient_against_flax(num_groups, offset):
+    x = jax.random.normal(jax.random.key(0), (3, 5, 4, 12)) * jnp.arange(1.0, 13.0) + offset
+    scale, bias = jax.random.normal(jax.random.key(1), (2, 12))
+    variables = {"params": {"scale": scale, "bias": bias}}
+
+    def both(module):
+        output, pull_back = jax.vjp(module.apply, variables, x)
+        return output, pull_back(jnp.sin(output))
+
+    ours, flaxs = both(GroupNorm(num_groups)), both(nn.GroupNorm(num_groups, epsilon=1e-6))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, flaxs)
+
+
+def test_group_norm_without_scale_and_bias_against_float64():
+    x = jax.random.normal(jax.random.key(0), (3, 5, 4, 12)) + jnp.arange(12.0)
+    groups = np.asarray(x, np.float64).reshape(3, 20, 3, 4)
+    mean, variance = (f(groups, axis=(1, 3), keepdims=True) for f in (np.mean, np.var))
+    module = GroupNorm(3, affine=False)
+    assert module.init(jax.random.key(0), x) == {}
+    np.testing.assert_allclose(
+        module.apply({}, x), ((groups - mean) / np.sqrt(variance + 1e-6)).reshape(x.shape), atol=5e-5
+    )
+
+
+def test_group_norm_where_the_mean_is_large_against_float64():
+    x = np.asarray(30 + jax.random.normal(jax.random.key(0), (2, 8, 8, 8)))
+    groups = np.asarray(x, np.float64).reshape(2, 64, 2, 4)
+    mean, variance = (f(groups, axis=(1, 3), keepdims=True) for f in (np.mean, np.var))
+    expected = ((groups - mean) / np.sqrt(variance + 1e-6)).reshape(x.shape)
+    # E[x^2] - E[x]^2 loses 30^2 float32 units of roundoff, here as in Flax.
+    np.testing.assert_allclose(GroupNorm(2, affine=False).apply({}, x), expected, atol=2e-3)
+
+
+def test_group_norm_where_rounding_makes_a_variance_negative():
+    x = jnp.broadcast_to(jnp.linspace(1.0, 2000.0, 1000)[:, None, None, None], (1000, 3, 3, 8))
+    found = GroupNorm(2, affine=False).apply({}, x)
+    moments = jnp.mean(x, (1, 2, 3)), jnp.mean(jnp.square(x), (1, 2, 3))
+    assert (moments[1] - jnp.square(moments[0])).min() < -1e-3
+    assert jnp.isfinite(found).all()
+
+
+def test_group_norm_in_bfloat16_has_float32_statistics():
+    x = (64 + jax.random.normal(jax.random.key(0), (2, 16, 16, 8))).astype(jnp.bfloat16)
+    found = GroupNorm(2, affine=False, dtype=jnp.bfloat16).apply({}, x)
+    assert found.dtype == jnp.bfloat16
+    groups = np.asarray(x, np.float64).reshape(2, 256, 2, 4)
+    mean, variance = (f(groups, axis=(1, 3), keepdims=True) for f in (np.mean, np.var))
+    expected = ((groups - mean) / np.sqrt(variance + 1e-6)).reshape(x.shape)
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=0.01, atol=0.01)
+
+
+def test_groups_must_divide_the_channels():
+    with pytest.raises(ValueError, match=r"^3 groups: they must divide the 8 channels"):
+        GroupNorm(3).init(jax.random.key(0), jnp.zeros((1, 2, 2, 8)))
+
+
+# Groups, time
+
+
+@pytest.mark.parametrize(
+    ("base_channels", "groups"), [(128, 32), (160, 32), (64, 16), (32, 8), (8, 2), (4, 1), (6, 1), (30, 6)]
+)
+def test_groups_of_at_least_four_channels(base_channels, groups):
+    """A group of one channel would take the time and the class away, which a block adds to every pixel alike."""
+    assert default_num_groups(base_channels) == groups
+
+
+@pytest.mark.parametrize("dim", [4, 8, 9, 128])
+def test_timestep_embedding_against_float64(dim):
+    t = np.array([0, 1, 2, 499, 500, 999])
+    half = dim // 2
+    angles = t[:, None] * 10000.0 ** (-np.arange(half) / (half - 1))
+    expected = np.concatenate([np.sin(angles), np.cos(angles), np.zeros((6, dim % 2))], axis=1)
+    found = timestep_embedding(jnp.asarray(t), dim)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+    np.testing.assert_allclose(found[1, [0, half - 1, half]], [math.sin(1), 1e-4, math.cos(1)], rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_every_timestep_is_another_to_the_network(dtype):  # bfloat16 holds 507 of the first 1000 integers
+    embeddings = np.asarray(timestep_embedding(jnp.arange(1000), 128).astype(dtype).astype(jnp.float32))
+    distances = np.linalg.norm(embeddings[1:] - embeddings[:-1], axis=1)
+    assert distances.min() > 0.5
+
+
+# Dropout
+
+
+def dropped(x, rate, seed=0):
+    return Dropout(rate).apply({}, x, True, rngs={"dropout": jax.random.key(seed)})
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("height", [32, 33, 1])
+def test_dropout_zeroes_its_share_and_keeps_the_mean(rate, height):
+    x = jnp.full((6, height, 64, 32), 3.0)
+    found = np.asarray(dropped(x, rate))
+    spread = math.sqrt(rate * (1 - rate) / found.size)
+    assert abs((found == 0).mean() - rate) < 4 * spread
+    np.testing.assert_allclose(found[found != 0], 3 / (1 - rate), rtol=2e-4)
+    assert abs(found.mean() / 3 - 1) < 4 * spread / (1 - rate)
+
+
+def test_dropout_draws_every_value_by_itself():
+    """Shares of two zeroes at once: in one image above and below, side by side, in two images, in two channels."""
+    lost = np.asarray(dropped(jnp.ones((8, 32, 32, 32)), 0.3) == 0)
+    pairs = [
+        (lost[:, :16], lost[:, 16:]),
+        (lost[:, :, 1:], lost[:, :, :-1]),
+        (lost[1:], lost[:-1]),
+        (lost[..., 1:], lost[..., :-1]),
+    ]
+    for one, other in pairs:
+        assert abs((one & other).mean() - 0.09) < 4 * math.sqrt(0.09 * 0.91 / one.size)
+
+
+def test_dropout_is_its_keys_alone():
+    x = jnp.ones((2, 4, 4, 8))
+    np.testing.assert_array_equal(dropped(x, 0.5), dropped(x, 0.5))
+    assert (dropped(x, 0.5) != dropped(x, 0.5, seed=1)).any()
+
+
+def test_no_dropout_needs_no_key():
+    x = jnp.ones((2, 4, 4, 8), jnp.bfloat16)
+    np.testing.assert_array_equal(Dropout(0.5).apply({}, x, False), x)
+    np.testing.assert_array_equal(Dropout(0.0).apply({}, x, True), x)
+    assert dropped(x, 0.5).dtype == jnp.bfloat16
+
+
+# The gradient, stored
+
+
+def chain(x):
+    """Each summand of its gradient is needed by a reader of the sum."""
+    return jnp.sum(jnp.sin(stored_gradient(jnp.exp(x)) * x))
+
+
+def test_stored_gradient_changes_no_derivative():
+    x = jnp.linspace(-1.0, 1.0, 5)
+    plain = lambda x: jnp.sum(jnp.sin(jnp.exp(x) * x))  # noqa: E731
+    assert chain(x) == plain(x)
+    np.testing.assert_allclose(jax.grad(chain)(x), jax.grad(plain)(x), rtol=1e-6)
+    np.testing.assert_allclose(jax.jvp(chain, (x,), (x,))[1], jax.jvp(plain, (x,), (x,))[1], rtol=1e-6)
+    np.testing.assert_allclose(jax.vmap(jax.grad(chain))(x[:, None]), jax.vmap(jax.grad(plain))(x[:, None]), rtol=1e-6)
+
+
+def test_the_gradient_is_stored_on_a_cpu_and_nowhere_else():
+    def barriers(platform):
+        traced = jax.jit(jax.grad(chain)).trace(jnp.ones(5))
+        return traced.lower(lowering_platforms=(platform,)).as_text().count("optimization_barrier")
+
+    assert [barriers(platform) for platform in ("cpu", "tpu", "cuda")] == [1, 0, 0]
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="XLA for a CPU is told so")
+def test_xla_keeps_the_barrier():
+    compiled = jax.jit(jax.grad(chain), compiler_options=compiler_options("cpu")).lower(jnp.ones(5)).compile()
+    assert "opt-barrier" in compiled.as_text()
