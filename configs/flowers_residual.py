@@ -20,7 +20,10 @@ Ours: group norms, and the average's decay grows to .999 from a copy of the weig
 T = 1000; "trailing" starts it where alpha_bar is .02^2 for any number of steps, so that a single one, too, starts from
 noise.
 
-Expected: recognisable flower colours and shapes by the sixth epoch (Foster's figure). Not yet measured here.
+Expected: recognisable flower colours and shapes by the sixth epoch (Foster's figure). Measured 2026-11-22 on two CPU
+cores, jax 0.10.2, at 32x32 (`--config.data.image_size=32 --config.train.num_steps=3462`, six epochs in 61 minutes
+beside other work): flowers after the first (the README's picture is of the sixth), no black one; mean loss of the
+epochs .224, .188, .183, .181, .179, .179. At 64x64 and for fifty epochs: not measured.
 """
 
 from ddpm_jax.config import (
