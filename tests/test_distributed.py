@@ -325,7 +325,10 @@ def test_sigterm_ends_a_program_that_has_nothing_to_save(program_env, tmp_path):
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) != 0
-        assert not any(os.path.exists(f"/proc/{(tmp_path / name).read_text()}") for name in "01")
+        deadline = time.monotonic() + 60  # an ended process stays in /proc until it has been reaped
+        while any(os.path.exists(f"/proc/{(tmp_path / name).read_text()}") for name in "01"):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
