@@ -128,13 +128,12 @@ def test_time_and_label_of_each_example(block):
     """Also in layers as narrow as these, where groups of one channel would take them away again."""
     model, params = initialised(block=block, num_classes=2)
     x_t = jnp.broadcast_to(inputs()[0][:1], (6, *SHAPE[1:]))
-    run = functools.partial(forward, model, shaken(params), x_t)
+    run = functools.partial(forward, model, shaken(params, 0.1), x_t)  # outputs below ten
     found = run(jnp.array([10, 10, 10, 10, 10, 11]), jnp.array([0, 1, 2, 1, 0, 0]))
-    near = functools.partial(np.testing.assert_allclose, atol=1e-6 * jnp.abs(found).max())  # the largest is about 35
-    near(found[4], found[0])
+    np.testing.assert_allclose(found[4], found[0], atol=1e-5)
     for one, two in itertools.combinations([0, 1, 2, 5], 2):
         assert jnp.abs(found[one] - found[two]).max() > 1e-3
-    near(run(jnp.full(6, 10)), jnp.broadcast_to(found[2], x_t.shape))
+    np.testing.assert_allclose(run(jnp.full(6, 10)), jnp.broadcast_to(found[2], x_t.shape), atol=1e-5)
 
 
 def test_a_label_needs_classes():
