@@ -51,14 +51,14 @@ def alternate(
       contenders: each does its work and returns when that is done; what JAX arrays it returns are waited for.
       rounds: that count.
       warmup: rounds before them, which compile and do not count.
-      prepare: what a contender does before its clock starts.
+      prepare: what a contender does before its clock starts; waited for like the rest.
     """
     names = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for i in range(-warmup, rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             if prepare and name in prepare:
-                prepare[name]()
+                jax.block_until_ready(prepare[name]())
             start = time.perf_counter()
             jax.block_until_ready(contenders[name]())
             if i >= 0:

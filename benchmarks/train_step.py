@@ -212,7 +212,7 @@ def main() -> None:
     result = {"machine": machine, "flags": vars(args), "parameters": num_parameters}
     for kind, passes in zip(KINDS, (3, 1), strict=True):
         turns = {name: steps[kind] for name, steps in contenders.items()} | {PEAK: matmul.run}
-        timings = timing.alternate(turns, args.rounds, warmup=2)
+        timings = timing.alternate(turns, args.rounds, warmup=2, prepare=turns)
         peak = matmul.flops / timings.pop(PEAK).median
         counts = {name: passes * count for name, count in flops.items()}
         result[kind] = report(kind, timings, counts, peak, args.batch)

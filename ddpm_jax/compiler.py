@@ -10,7 +10,7 @@ import jax
 # The pass removes optimization barriers before XLA fuses loops, so that they would be in vain (models/layers.py).
 # Cores that are devices wait for each other, and by default XLA ends a process in which one of them is 40 s late.
 _CPU = {
-    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE",
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE",
     "xla_disable_hlo_passes": "cse_barrier_expander",
     "xla_cpu_collective_call_terminate_timeout_seconds": "600",
 }

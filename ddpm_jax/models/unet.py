@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from ddpm_jax.models.layers import (
     NORM_EPSILON,
@@ -233,9 +234,20 @@ class AttentionBlock(nn.Module):
             for name in ("query", "key", "value")
         )
         # Logits and softmax are float32 inside, whatever the dtype of the operands.
-        h = jax.nn.dot_product_attention(query, key, value, implementation=self.implementation)
+        attention = functools.partial(jax.nn.dot_product_attention, implementation=self.implementation)
+        on_cpu = _one_head_attention if query.shape[2] == 1 else attention
+        h = lax.platform_dependent(query, key, value, cpu=on_cpu, default=attention)
         h = dense(kernel_init=zero_init, name="projection")(h.reshape(batch, -1, channels))
         return stored_gradient(x + h.reshape(x.shape))
+
+
+def _one_head_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """``jax.nn.dot_product_attention`` of [B T 1 H], for which XLA for a CPU transposes the weights four times."""
+    query, key, value = (x.squeeze(2) for x in (query, key, value))
+    query *= query.shape[-1] ** -0.5
+    logits = jnp.einsum("bth,bsh->bts", query, key, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(logits).astype(value.dtype)
+    return lax.dot_general(weights, value, (((2,), (1,)), ((0,), (0,))))[:, :, None]
 
 
 def check_attention(implementation: str, head_widths: Sequence[int], dtype: Any, device: jax.Device) -> None:

@@ -55,19 +55,18 @@ def train_step(
     )
     (loss, sums), grads = gradient_of(loss_fn)(state.params, batch, keys)
 
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema_params = ema_step(state.ema_params, params, state.step, decay=ema_decay, start=ema_start)
-
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    kept = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old),
-        (params, ema_params, opt_state),
-        (state.params, state.ema_params, state.opt_state),
-    )
+
+    def updated(state: TrainState) -> TrainState:
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = _stored(optax.apply_updates(state.params, updates))
+        ema_params = ema_step(state.ema_params, params, state.step, decay=ema_decay, start=ema_start)
+        return state._replace(params=params, ema_params=ema_params, opt_state=opt_state)
+
+    kept = _updated_if(finite, updated, state)
     skipped = 1 - finite.astype(jnp.int32)
-    new_state = TrainState(state.step + 1, kept[0], kept[1], kept[2], state.skipped_steps + skipped)
+    new_state = kept._replace(step=state.step + 1, skipped_steps=state.skipped_steps + skipped)
     metrics = sums | {
         "loss": loss,
         "grad_norm": grad_norm,
@@ -76,6 +75,25 @@ def train_step(
         "skipped_steps": new_state.skipped_steps,
     }
     return new_state, metrics
+
+
+def _updated_if(finite: jax.Array, updated: Callable[[TrainState], TrainState], state: TrainState) -> TrainState:
+    """``updated(state)`` if ``finite``, else ``state``.
+
+    A CPU branches, and then updates the donated state in place; a selection makes XLA copy most of it first. For a
+    branch a GPU would wait until the host has read ``finite``.
+    """
+    return jax.lax.platform_dependent(
+        state,
+        cpu=lambda state: jax.lax.cond(finite, updated, lambda state: state, state),
+        default=lambda state: jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated(state), state),
+    )
+
+
+def _stored(params: Params) -> Params:
+    """On a CPU the average reads the new parameters, where XLA would compute them, and Adam's moments, once more."""
+    barrier = functools.partial(jax.tree.map, jax.lax.optimization_barrier)
+    return jax.lax.platform_dependent(params, cpu=barrier, default=lambda params: params)
 
 
 def ema_step(ema_params: Params, params: Params, step: jax.Array, *, decay: float, start: int = 0) -> Params:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from ddpm_jax.models import UNet, check_attention
+from ddpm_jax.models import UNet, check_attention, unet
 from ddpm_jax.models.layers import GroupNorm
 from ddpm_jax.models.unet import AttentionBlock, ResBlock
 
@@ -240,10 +240,22 @@ def test_attention_logits_and_softmax_are_float32_in_bfloat16():
     params = jax.eval_shape(block.init, jax.random.key(0), x)
     found = list(equations(jax.make_jaxpr(block.apply)(params, x).jaxpr))
     products = [e for e in found if e.primitive.name == "dot_general"]
-    (logits,) = [e for e in products if math.prod(e.outvars[0].aval.shape) == 16 * 16]
-    assert logits.invars[0].aval.dtype == jnp.bfloat16
-    assert logits.outvars[0].aval.dtype == jnp.float32
-    assert [e.invars[0].aval.dtype for e in found if e.primitive.name == "exp"] == [jnp.float32]
+    logits = [e for e in products if math.prod(e.outvars[0].aval.shape) == 16 * 16]
+    assert {e.invars[0].aval.dtype for e in logits} == {jnp.dtype(jnp.bfloat16)}
+    assert {e.outvars[0].aval.dtype for e in logits} == {jnp.dtype(jnp.float32)}
+    exponentials = [e.invars[0].aval.dtype for e in found if e.primitive.name == "exp"]
+    assert exponentials == [jnp.float32] * len(logits) == [jnp.float32] * 2  # on a CPU and elsewhere
+
+
+def test_the_attention_of_a_cpu_is_that_of_jax():
+    """One head: values and gradients."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    query, key, value, g = (jax.random.normal(k, (3, 20, 1, 16)) for k in keys)
+    found, back = jax.vjp(unet._one_head_attention, query, key, value)
+    expected, expected_back = jax.vjp(jax.nn.dot_product_attention, query, key, value)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    for one, other in zip(back(g), expected_back(g), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 def test_attention_in_bfloat16_where_bfloat16_logits_would_be_wrong():

@@ -153,9 +153,18 @@ def test_the_average_of_a_constant_does_not_drift():
 # The guard
 
 
+@pytest.fixture(params=["branch", "selection"])
+def guard(request, monkeypatch):
+    """What a CPU does where a step is not finite, and what accelerators do."""
+    if request.param == "selection":
+        monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, default, **_: default(*args))
+    elif jax.default_backend() != "cpu":
+        pytest.skip("only a CPU branches")
+
+
 @pytest.mark.parametrize("bad", ["nan", "steep"])
-def test_a_step_that_is_not_finite_changes_nothing(bad):
-    step, born = default()
+def test_a_step_that_is_not_finite_changes_nothing(bad, guard):
+    step, born = make()
     state, key = born(), jax.random.key(1)
     skipped = 0
     for n in range(6):
@@ -171,6 +180,12 @@ def test_a_step_that_is_not_finite_changes_nothing(bad):
         assert bool(np.isfinite(metrics["grad_norm"])) == (not (is_bad and bad == "steep"))
         assert counts == [n + is_bad - skipped] * 2
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+
+
+def test_only_a_cpu_branches(guard, request):
+    step, born = make()
+    compiled = step.lower(born(), make_batch(0), jax.random.key(1)).compile().as_text()
+    assert (" conditional(" in compiled) == (request.node.callspec.params["guard"] == "branch")
 
 
 def test_the_learning_rate_stands_still_while_steps_are_skipped():
