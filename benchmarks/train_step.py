@@ -8,7 +8,8 @@ Ours is the train step of ``ddpm_jax.train`` (noise, loss, gradient, clip, Adam,
 error, ``clip_grad_norm_``, fused Adam and a ``_foreach`` average. On a CPU it runs in float32, in the default layout
 and in channels_last; on a GPU under bfloat16 autocast with TF32 on, in both layouts, with and without
 ``torch.compile``. All contenders take turns in every round, and so does the large matmul that stands for the
-machine's peak.
+machine's peak. Each timed step follows one of the same contender's that is not, as it does in a training run: what a
+contender left in the caches, and threads that it left spinning, are not charged to the next one.
 
 Prints, for each of the two kinds of step, a line a contender: median and quartiles in ms, images/s, how many times as
 fast ours is (theirs / ours, above 1: ours is faster) and the inverse, and the share of the matmul peak. A train step

@@ -7,6 +7,7 @@ import jax
 
 # YNNPACK, to which XLA gives them by default, takes up to three times as long for wide 3x3 convolutions on a CPU as
 # XLA's own code does, and up to four for the gradients of their weights; its matrix products and sums are the faster.
+# Products alone: with what is added to them it would take the convolution beside a shortcut too.
 # The pass removes optimization barriers before XLA fuses loops, so that they would be in vain (models/layers.py).
 # Cores that are devices wait for each other, and by default XLA ends a process in which one of them is 40 s late.
 _CPU = {

@@ -38,6 +38,18 @@ def test_a_convolution_stays_with_xla_and_its_numbers_stay():
     assert "ynn_fusion" not in told.as_text()
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="an option for CPUs")
+def test_a_convolution_beside_a_shortcut_stays_with_xla():
+    def block(x, kernel, shortcut):
+        return convolve(x, kernel) + x @ shortcut
+
+    x, kernel, shortcut = jnp.ones((8, 32, 32, 64)), jnp.ones((3, 3, 64, 64)), jnp.ones((64, 64))
+    compiled = jax.jit(block, compiler_options=compiler_options("cpu")).lower(x, kernel, shortcut).compile().as_text()
+    main = compiled[compiled.index("\nENTRY") :]
+    assert "ynn_fusion" in main  # the product
+    assert " convolution(" in main
+
+
 def gaussian(x_t, t):
     return 0.1 * x_t
 
