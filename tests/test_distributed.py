@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -230,7 +231,9 @@ def test_two_processes_train_and_only_the_first_speaks(two, trained, tmp_path):
     assert len(list((run / "tensorboard").iterdir())) == 1
     assert (run / "checkpoints" / "3").exists()
     assert err.count("finished at step 3") == 1
-    assert [line for line in out.splitlines() if not line.startswith("[Gloo]")] == []
+    # Nothing but Gloo's line of every device; its threads write it in pieces, so that lines are torn.
+    gloo = "[Gloo] Rank 0 is connected to 1 peer ranks. Expected number of connected peer ranks is : 1"
+    assert set(re.findall("[A-Za-z]+", out)) <= set(re.findall("[A-Za-z]+", gloo))
 
 
 @pytest.mark.slow
