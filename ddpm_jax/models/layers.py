@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +17,35 @@ REMATS = ("none", "blocks", "dots")
 # Glorot uniform, as Ho et al.; what ends a residual branch starts at zero, so that the network starts as a short one.
 default_init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 zero_init = nn.initializers.zeros_init()
+
+
+class Conv(nn.Module):
+    """3x3, padded by ``padding`` at the top and on the left, and by 1 at the bottom and on the right.
+
+    padding=0 belongs to strides=2, where it is TensorFlow's SAME on an even size.
+    """
+
+    channels: int
+    strides: int = 1
+    padding: int = 1
+    kernel_init: Any = default_init
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, activate: Callable[[jax.Array], jax.Array] = lambda x: x) -> jax.Array:
+        """Of ``activate(x)``, [B H W C]; for the gradient a CPU keeps x alone, and activates it again."""
+        kernel = self.param("kernel", self.kernel_init, (3, 3, x.shape[-1], self.channels))
+        bias = self.param("bias", zero_init, (self.channels,))
+
+        def convolved(x: jax.Array, kernel: jax.Array) -> jax.Array:
+            return _convolution(
+                stored(activate(x).astype(self.dtype)),
+                kernel.astype(self.dtype),
+                strides=self.strides,
+                padding=((self.padding, 1), (self.padding, 1)),
+            )
+
+        return recomputed(convolved)(x, kernel) + bias.astype(self.dtype)
 
 
 class UpsampleConv(nn.Module):
@@ -37,18 +66,19 @@ class UpsampleConv(nn.Module):
         kernel = self.param("kernel", default_init, (3, 3, x.shape[-1], self.channels))
         bias = self.param("bias", zero_init, (self.channels,))
 
-        def outputs(kernel: jax.Array, down: int, right: int) -> jax.Array:
-            return lax.conv_general_dilated(
-                x.astype(self.dtype),
-                kernel.astype(self.dtype),
-                window_strides=(1, 1),
-                padding=((1 - down, down), (1 - right, right)),
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            )
+        def outputs(x: jax.Array, kernel: jax.Array) -> jax.Array:
+            x = x.astype(self.dtype)
+            folded = [[_folded(_folded(kernel, i, 0), j, 1).astype(self.dtype) for j in (0, 1)] for i in (0, 1)]
+            rows = [[_convolution(x, folded[i][j], padding=((1 - i, i), (1 - j, j))) for j in (0, 1)] for i in (0, 1)]
+            return jnp.stack([jnp.stack(row, axis=3) for row in rows], axis=2)  # [B H 2 W 2 channels]
 
-        rows = [[outputs(_folded(_folded(kernel, i, 0), j, 1), i, j) for j in (0, 1)] for i in (0, 1)]
-        h = jnp.stack([jnp.stack(row, axis=3) for row in rows], axis=2)  # [B H 2 W 2 channels]
+        h = recomputed(outputs)(x, kernel)
         return h.reshape(batch, 2 * height, 2 * width, self.channels) + bias.astype(self.dtype)
+
+
+def _convolution(x: jax.Array, kernel: jax.Array, *, strides: int = 1, padding: Sequence[tuple[int, int]]) -> jax.Array:
+    layout = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, kernel, (strides, strides), padding, dimension_numbers=layout)
 
 
 def _folded(kernel: jax.Array, second: int, axis: int) -> jax.Array:
@@ -73,9 +103,13 @@ class GroupNorm(nn.Module):
     scale_init: Any = nn.initializers.ones_init()
     dtype: Any = jnp.float32
 
-    @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B H W C], C divisible by ``num_groups``."""
+        return self.fitted(x)(x)
+
+    @nn.compact
+    def fitted(self, x: jax.Array) -> Callable[[jax.Array], jax.Array]:
+        """The function that normalises x; it can be applied again."""
         channels = x.shape[-1]
         if channels % self.num_groups:
             raise ValueError(f"{self.num_groups} groups: they must divide the {channels} channels")
@@ -91,7 +125,7 @@ class GroupNorm(nn.Module):
         shift = -mean * scale
         if self.affine:
             shift += self.param("bias", zero_init, (channels,))
-        return (x * scale[:, None, None] + shift[:, None, None]).astype(self.dtype)
+        return lambda x: (x * scale[:, None, None] + shift[:, None, None]).astype(self.dtype)
 
 
 @functools.cache
@@ -110,17 +144,24 @@ class Dropout(nn.Module):
 
     rate: float
 
-    @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """[B H W C] -> [B H W C]; x itself unless ``train``, which needs an rng named "dropout"."""
+        return self.drawn(x.shape[0], train)(x)
+
+    def drawn(self, num_images: int, train: bool) -> Callable[[jax.Array], jax.Array]:
+        """The function that does it to so many images; it zeroes the same values each time."""
         threshold = min(round(self.rate * 2**32), 2**32 - 1)
         if not train or not threshold:
-            return x
-        words = jax.random.bits(self.make_rng("dropout"), (2, x.shape[0], 1, 1, 1), jnp.uint32)
-        position = jnp.arange(math.prod(x.shape[1:]), dtype=jnp.uint32).reshape(x.shape[1:])
-        # Added before one hash and mixed in before a second: two images never see shifts of the same numbers.
-        bits = _hash(_hash(position + words[0]) ^ words[1])
-        return jnp.where(bits >= jnp.uint32(threshold), x / (1 - threshold / 2**32), 0)
+            return lambda x: x
+        words = jax.random.bits(self.make_rng("dropout"), (2, num_images, 1, 1, 1), jnp.uint32)
+
+        def dropout(x: jax.Array) -> jax.Array:
+            position = jnp.arange(math.prod(x.shape[1:]), dtype=jnp.uint32).reshape(x.shape[1:])
+            # Added before one hash and mixed in before a second: two images never see shifts of the same numbers.
+            bits = _hash(_hash(position + words[0]) ^ words[1])
+            return jnp.where(bits >= jnp.uint32(threshold), x / (1 - threshold / 2**32), 0)
+
+        return dropout
 
 
 def _hash(bits: jax.Array) -> jax.Array:
@@ -130,21 +171,24 @@ def _hash(bits: jax.Array) -> jax.Array:
     return bits ^ (bits >> 16)
 
 
-@jax.custom_jvp
-def stored_gradient(x: jax.Array) -> jax.Array:
-    """x; on a CPU its gradient is stored before it is used.
+def stored(x: jax.Array) -> jax.Array:
+    """x; on a CPU it is stored before it is used, and its gradient too.
 
-    A convolution that made x wants it twice, and the gradient of its bias again. Each time XLA for a CPU would compute
-    it anew from whatever came back through the layers above, once in the order of the channels, which is slow.
+    XLA for a CPU would compute both anew for each that reads them: the gradient of a block's output from whatever came
+    back through the layers above, once for each convolution that made it, and once in the order of the channels, which
+    is slow.
     """
-    return x
+    return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
 
 
-@stored_gradient.defjvp
-def _stored_gradient_jvp(x: tuple[jax.Array], tangent: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    # Transposed, a barrier for the tangent is one for the gradient.
-    stored = lax.platform_dependent(*tangent, cpu=lax.optimization_barrier, default=lambda tangent: tangent)
-    return *x, stored
+def recomputed(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """``function``, of whose insides a CPU keeps nothing for the gradient: it computes them again from the arguments.
+
+    There a page of new memory costs more than the elementwise functions that fill it. And what a gradient wants
+    transposed, XLA would transpose and keep from the forward pass on; the barrier of ``jax.checkpoint`` has it wait for
+    the gradient to come.
+    """
+    return lambda *args: lax.platform_dependent(*args, cpu=jax.checkpoint(function), default=function)
 
 
 def timestep_embedding(t: jax.Array, dim: int, *, cosine_first: bool = False, freq_shift: float = 1.0) -> jax.Array:
@@ -172,30 +216,6 @@ def default_num_groups(base_channels: int) -> int:
     A group of one would subtract again the shift by which a block is told the time and the class.
     """
     return max(n for n in range(1, max(1, min(32, base_channels // 4)) + 1) if base_channels % n == 0)
-
-
-def conv(
-    channels: int,
-    *,
-    strides: int = 1,
-    padding: int = 1,
-    kernel_init: Any = default_init,
-    dtype: Any,
-    name: str,
-) -> nn.Conv:
-    """3x3, padded by ``padding`` at the top and on the left, and by 1 at the bottom and on the right.
-
-    padding=0 belongs to strides=2, where it is TensorFlow's SAME on an even size.
-    """
-    return nn.Conv(
-        channels,
-        (3, 3),
-        strides,
-        padding=((padding, 1), (padding, 1)),
-        kernel_init=kernel_init,
-        dtype=dtype,
-        name=name,
-    )
 
 
 def check_inputs(x_t: jax.Array, label: jax.Array | None, channel_mults: Sequence[int], num_classes: int) -> None:

@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax.models.layers import (
+    Conv,
     Dropout,
     GroupNorm,
     UpsampleConv,
     check_inputs,
-    conv,
     default_init,
     default_num_groups,
-    stored_gradient,
+    stored,
     timestep_embedding,
     with_remat,
     zero_init,
@@ -92,7 +92,7 @@ class LinearAttentionUNet(nn.Module):
             h = attend(name=f"down_{level}_attention")(h)
             skips.append(h)
             if level + 1 < len(widths):
-                h = conv(width, strides=2, padding=0, dtype=self.dtype, name=f"down_{level}_downsample")(h)
+                h = Conv(width, strides=2, padding=0, dtype=self.dtype, name=f"down_{level}_downsample")(h)
 
         h = block(widths[-1], name="middle_block_0")(h, embedding, train)
         h = with_remat(FullAttention, self.remat)(**attention, name="middle_attention")(h)
@@ -156,12 +156,12 @@ class ConvNextBlock(nn.Module):
         )
         shift = _dense(width, self.dtype, "time_dense")(gelu(embedding))
         h = depthwise(x) + shift[:, None, None, :]
-        h = self.norm(name="norm_0")(h)
-        h = gelu(conv(self.mult * self.channels, dtype=self.dtype, name="conv_0")(h))
-        h = self.norm(name="norm_1")(h)
-        h = Dropout(self.dropout)(h, train)
-        h = conv(self.channels, dtype=self.dtype, name="conv_1")(h)
-        return stored_gradient(_shortcut(x, self.channels, self.dtype) + h)
+        norm_0 = self.norm(name="norm_0").fitted(h)
+        h = gelu(Conv(self.mult * self.channels, dtype=self.dtype, name="conv_0")(h, norm_0))
+        norm_1 = self.norm(name="norm_1").fitted(h)
+        dropout = Dropout(self.dropout).drawn(x.shape[0], train)
+        h = Conv(self.channels, dtype=self.dtype, name="conv_1")(h, lambda h: dropout(norm_1(h)))
+        return stored(_shortcut(x, self.channels, self.dtype) + h)
 
 
 class ResnetBlock(nn.Module):
@@ -180,12 +180,13 @@ class ResnetBlock(nn.Module):
         """x [B H W C] and embedding [B D] -> [B H W channels]."""
         time = _dense(2 * self.channels, self.dtype, "time_dense")(nn.silu(embedding))
         scale, shift = jnp.split(time[:, None, None, :], 2, axis=-1)
-        h = conv(self.channels, dtype=self.dtype, name="conv_0")(x)
-        h = self.norm(name="norm_0")(h) * (scale + 1) + shift
-        h = Dropout(self.dropout)(nn.silu(h), train)
-        h = conv(self.channels, dtype=self.dtype, name="conv_1")(h)
+        h = Conv(self.channels, dtype=self.dtype, name="conv_0")(x)
+        norm_0 = self.norm(name="norm_0").fitted(h)
+        dropout = Dropout(self.dropout).drawn(x.shape[0], train)
+        conv_1 = Conv(self.channels, dtype=self.dtype, name="conv_1")
+        h = conv_1(h, lambda h: dropout(nn.silu(norm_0(h) * (scale + 1) + shift)))
         h = nn.silu(self.norm(name="norm_1")(h))
-        return stored_gradient(_shortcut(x, self.channels, self.dtype) + h)
+        return stored(_shortcut(x, self.channels, self.dtype) + h)
 
 
 class LinearAttention(nn.Module):
@@ -200,7 +201,7 @@ class LinearAttention(nn.Module):
         query, key, value = _heads(_one_group_norm(self.dtype, "norm")(x), self.num_heads, self.dtype)
         h = linear_attention(query, key, value).astype(self.dtype).reshape(*x.shape[:3], -1)
         h = _dense(x.shape[-1], self.dtype, "projection")(h)
-        return stored_gradient(x + _one_group_norm(self.dtype, "norm_out", zero_init)(h))
+        return stored(x + _one_group_norm(self.dtype, "norm_out", zero_init)(h))
 
 
 class FullAttention(nn.Module):
@@ -216,7 +217,7 @@ class FullAttention(nn.Module):
         # Logits and softmax are float32 inside, whatever the dtype of the operands.
         h = jax.nn.dot_product_attention(query, key, value).reshape(*x.shape[:3], -1)
         h = nn.Dense(x.shape[-1], kernel_init=zero_init, dtype=self.dtype, name="projection")(h)
-        return stored_gradient(x + h)
+        return stored(x + h)
 
 
 def linear_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:

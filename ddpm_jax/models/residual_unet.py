@@ -11,12 +11,12 @@ import numpy as np
 from jax import lax
 
 from ddpm_jax.models.layers import (
+    Conv,
     GroupNorm,
     check_inputs,
-    conv,
     default_init,
     default_num_groups,
-    stored_gradient,
+    stored,
     with_remat,
     zero_init,
 )
@@ -129,11 +129,11 @@ class ResidualBlock(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B H W C] -> [B H W channels]."""
         norm = GroupNorm(self.num_groups, affine=False, dtype=self.dtype, name="norm")
-        h = nn.silu(conv(self.channels, dtype=self.dtype, name="conv_0")(norm(x)))
-        h = conv(self.channels, dtype=self.dtype, name="conv_1")(h)
+        h = Conv(self.channels, dtype=self.dtype, name="conv_0")(x, norm.fitted(x))
+        h = Conv(self.channels, dtype=self.dtype, name="conv_1")(h, nn.silu)
         if x.shape[-1] != self.channels:
             x = nn.Dense(self.channels, kernel_init=default_init, dtype=self.dtype, name="shortcut")(x)
-        return stored_gradient(x + h)
+        return stored(x + h)
 
 
 def noise_embedding(noise_level: jax.Array, dim: int) -> jax.Array:

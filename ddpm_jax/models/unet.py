@@ -11,14 +11,14 @@ from jax import lax
 
 from ddpm_jax.models.layers import (
     NORM_EPSILON,
+    Conv,
     Dropout,
     GroupNorm,
     UpsampleConv,
     check_inputs,
-    conv,
     default_init,
     default_num_groups,
-    stored_gradient,
+    stored,
     timestep_embedding,
     with_remat,
     zero_init,
@@ -101,7 +101,7 @@ class UNet(nn.Module):
         attending_up = self.attention_resolutions if attending_up is None else attending_up
         last_level = len(self.channel_mults) - 1
 
-        h = conv(self.base_channels, dtype=self.dtype, name="conv_in")(x_t.astype(self.dtype))
+        h = Conv(self.base_channels, dtype=self.dtype, name="conv_in")(x_t.astype(self.dtype))
         skips = [h]
         for level, mult in enumerate(self.channel_mults):
             for i in range(self.num_res_blocks):
@@ -110,8 +110,8 @@ class UNet(nn.Module):
                     h = attend(name=f"down_{level}_attention_{i}")(h)
                 skips.append(h)
             if level < last_level:
-                halve = {"strides": 2, "padding": self.downsample_padding}
-                h = conv(h.shape[-1], dtype=self.dtype, name=f"down_{level}_downsample", **halve)(h)
+                halve = functools.partial(Conv, strides=2, padding=self.downsample_padding, dtype=self.dtype)
+                h = halve(h.shape[-1], name=f"down_{level}_downsample")(h)
                 skips.append(h)
 
         h = block(h.shape[-1], name="middle_block_0")(h, embedding, train)
@@ -123,7 +123,7 @@ class UNet(nn.Module):
 
         for level, mult in reversed(list(enumerate(self.channel_mults))):
             for i in range(self.num_res_blocks + 1):
-                h = jnp.concatenate([h, skips.pop()], axis=-1)
+                h = stored(jnp.concatenate([h, skips.pop()], axis=-1))
                 h = block(self.base_channels * mult, name=f"up_{level}_block_{i}")(h, embedding, train)
                 if h.shape[1] in attending_up:
                     h = attend(name=f"up_{level}_attention_{i}")(h)
@@ -132,7 +132,7 @@ class UNet(nn.Module):
 
         # Few channels, so float32 is nearly free here, and the output keeps more than bfloat16's eight bits.
         h = nn.silu(norm(dtype=jnp.float32, name="norm_out")(h))
-        return conv(self.out_channels, kernel_init=zero_init, dtype=jnp.float32, name="conv_out")(h)
+        return Conv(self.out_channels, kernel_init=zero_init, dtype=jnp.float32, name="conv_out")(h)
 
     def _blocks(self, norm: Any) -> tuple[Any, Any]:
         """What makes a residual block and an attention block."""
@@ -197,21 +197,26 @@ class ResBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, embedding: jax.Array, train: bool) -> jax.Array:
         """x [B H W C] and embedding [B D] -> [B H W channels]."""
-        h = nn.silu(self.norm(dtype=self.dtype, name="norm_0")(x))
-        h = conv(self.channels, dtype=self.dtype, name="conv_0")(h)
+        norm_0 = self.norm(dtype=self.dtype, name="norm_0").fitted(x)
+        h = Conv(self.channels, dtype=self.dtype, name="conv_0")(x, lambda x: nn.silu(norm_0(x)))
         width = self.channels * (1 + self.time_scale_shift)
         time = nn.Dense(width, kernel_init=default_init, dtype=self.dtype, name="time_dense")(nn.silu(embedding))
         time = time[:, None, None, :]
-        if self.time_scale_shift:
-            scale, shift = jnp.split(time, 2, axis=-1)
-            h = self.norm(dtype=self.dtype, name="norm_1")(h) * (1 + scale) + shift
-        else:
-            h = self.norm(dtype=self.dtype, name="norm_1")(h + time)
-        h = Dropout(self.dropout)(nn.silu(h), train)
-        h = conv(self.channels, kernel_init=zero_init, dtype=self.dtype, name="conv_1")(h)
+        scale, shift = jnp.split(time, 2, axis=-1) if self.time_scale_shift else (None, time)
+        h = stored(h + shift if scale is None else h)
+        norm_1 = self.norm(dtype=self.dtype, name="norm_1").fitted(h)
+        dropout = Dropout(self.dropout).drawn(x.shape[0], train)
+
+        def activate(h: jax.Array) -> jax.Array:
+            h = norm_1(h)
+            if scale is not None:
+                h = h * (1 + scale) + shift
+            return dropout(nn.silu(h))
+
+        h = Conv(self.channels, kernel_init=zero_init, dtype=self.dtype, name="conv_1")(h, activate)
         if x.shape[-1] != self.channels:
             x = nn.Dense(self.channels, kernel_init=default_init, dtype=self.dtype, name="shortcut")(x)
-        return stored_gradient(x + h)
+        return stored(x + h)
 
 
 class AttentionBlock(nn.Module):
@@ -235,10 +240,10 @@ class AttentionBlock(nn.Module):
         )
         # Logits and softmax are float32 inside, whatever the dtype of the operands.
         attention = functools.partial(jax.nn.dot_product_attention, implementation=self.implementation)
-        on_cpu = _one_head_attention if query.shape[2] == 1 else attention
+        on_cpu = jax.checkpoint(_one_head_attention) if query.shape[2] == 1 else attention
         h = lax.platform_dependent(query, key, value, cpu=on_cpu, default=attention)
         h = dense(kernel_init=zero_init, name="projection")(h.reshape(batch, -1, channels))
-        return stored_gradient(x + h.reshape(x.shape))
+        return stored(x + h.reshape(x.shape))
 
 
 def _one_head_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:

@@ -61,12 +61,20 @@ def _sum_of_micro_batches(
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
 
     def add(total: Any, micro_batch: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, gradient(params, *micro_batch)), None
+        # The barrier keeps XLA, where there is no loop, from beginning a micro-batch before the last one is added.
+        total, weights = jax.lax.optimization_barrier((total, params))
+        return jax.tree.map(jnp.add, total, gradient(weights, *micro_batch)), None
 
     parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), (batch, keys))
     shapes = jax.eval_shape(gradient, params, *jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return jax.lax.scan(add, zeros, parts)[0]
+    # XLA for a CPU puts the gradients of convolutions in their fast order outside of loops alone: 20 times as fast.
+    return jax.lax.platform_dependent(
+        zeros,
+        parts,
+        cpu=lambda zeros, parts: jax.lax.scan(add, zeros, parts, unroll=accumulate)[0],
+        default=lambda zeros, parts: jax.lax.scan(add, zeros, parts)[0],
+    )
 
 
 def _reduce(grad: jax.Array, spec: PartitionSpec) -> jax.Array:
