@@ -94,16 +94,19 @@ def plan(config: Config, topology: str, what: str = "train", weak_scaling: int =
         if wanted is None:
             raise
         return found | {"temp_bytes": wanted}
-    accumulate = config.train.accumulate if what == "train" else 1
-    return found | _costs(compiled, device, mesh, _bytes_on_device(setup.abstract_state), accumulate, weak_scaling)
+    trips = _trips(config, what, mesh.devices.flat[0].platform)
+    return found | _costs(compiled, device, mesh, _bytes_on_device(setup.abstract_state), trips, weak_scaling)
 
 
-def _costs(
-    compiled: Any, device: planning.Device, mesh: Mesh, state_bytes: int, accumulate: int, weak_scaling: int
-) -> Plan:
+def _trips(config: Config, what: str, platform: str) -> int:
+    """How often the loop over micro-batches runs; a CPU has none, they are unrolled there (training/gradient.py)."""
+    return config.train.accumulate if what == "train" and platform != "cpu" else 1
+
+
+def _costs(compiled: Any, device: planning.Device, mesh: Mesh, state_bytes: int, trips: int, weak_scaling: int) -> Plan:
     """What a compiled step says of itself, and what follows."""
-    cost = planning.cost_of(compiled, state_bytes, accumulate)
-    collectives = planning.collectives_of(compiled.as_text(), mesh.size, accumulate)
+    cost = planning.cost_of(compiled, state_bytes, trips)
+    collectives = planning.collectives_of(compiled.as_text(), mesh.size, trips)
     coordinates = _coordinates(mesh)
     step = planning.roofline(device, cost, collectives, planning.links(device, coordinates))
     fits = cost.argument_bytes + cost.temp_bytes <= device.hbm_bytes

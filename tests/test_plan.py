@@ -57,8 +57,14 @@ def test_micro_batches_cost_about_what_the_undivided_batch_does(here, config, ma
     whole = plan.plan(config, "v5e:2x4")
     fields = {"model.dropout": 0.0, "train.batch_size": 16, "dtype": "float32", "train.accumulate": 4}
     parts = plan.plan(make_config(fields), "v5e:2x4")
-    # All is counted as if it lay in the loop, the optimizer too, which weighs something in a network as small as this.
+    # Unrolled, as on a CPU; the rest is what it takes to add them up, which weighs something in so small a network.
     assert parts["flops"] == pytest.approx(whole["flops"], rel=0.15)
+
+
+def test_micro_batches_are_a_loop_but_on_a_cpu(make_config):
+    config = make_config({"train.batch_size": 16, "train.accumulate": 4})
+    found = [plan._trips(config, what, platform) for what in ("train", "sample") for platform in ("tpu", "cpu")]
+    assert found == [4, 1, 1, 1]
 
 
 def test_the_numbers_of_a_denoising_step(here, make_config, compilation_cache):
