@@ -60,13 +60,13 @@ def _sum_of_micro_batches(
 ) -> tuple[tuple[jax.Array, Metrics], Params]:
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
 
-    def add(total: Any, micro_batch: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+    def add(total: Any, micro_batch: tuple[Batch, jax.Array], params: Params = params) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, gradient(params, *micro_batch)), None
 
     def add_in_turn(total: Any, micro_batch: tuple[Batch, jax.Array]) -> tuple[Any, None]:
         # Without a loop XLA would begin with one before the last has been added, and hold the activations of both.
-        total, weights = jax.lax.optimization_barrier((total, params))
-        return jax.tree.map(jnp.add, total, gradient(weights, *micro_batch)), None
+        total, ordered = jax.lax.optimization_barrier((total, params))
+        return add(total, micro_batch, ordered)
 
     parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), (batch, keys))
     shapes = jax.eval_shape(gradient, params, *jax.tree.map(lambda x: x[0], parts))
